@@ -1,0 +1,7 @@
+"""ssmkit: kernels, layers and backbones for state-space sequence models."""
+
+from ssmkit import ops
+from ssmkit.paths import ScanPath
+
+__version__ = "0.1.0"
+__all__ = ["ScanPath", "__version__", "ops"]

@@ -1,0 +1,78 @@
+"""Checks of arguments: each error names the argument, what was expected, what came, and the way out."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+COMPLEXES = (torch.complex64, torch.complex128)
+
+
+def check_shape(name: str, tensor: Tensor, expected: Sequence[int], axes: str = "") -> None:
+    """`tensor` must have exactly this shape; `axes` names its axes in the message."""
+    if tuple(tensor.shape) != tuple(expected):
+        legend = f" ({axes})" if axes else ""
+        raise ValueError(f"{name} must have shape {tuple(expected)}{legend}, got {tuple(tensor.shape)}")
+
+
+def check_ndim(name: str, tensor: Tensor, axes: str) -> None:
+    """`tensor` must have one dimension per name in `axes`, for example "batch, seqlen, dim"."""
+    if tensor.ndim != axes.count(",") + 1:
+        raise ValueError(f"{name} must have shape ({axes}), got {tuple(tensor.shape)}")
+
+
+def check_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype], why: str = "") -> None:
+    """`tensor` must have one of the dtypes; `why` says what decides them."""
+    if tensor.dtype not in allowed:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+        reason = f" {why}" if why else ""
+        raise ValueError(
+            f"{name} must be of dtype {names}{reason}, got {str(tensor.dtype).removeprefix('torch.')}; "
+            f"cast it with {name}.to(...)"
+        )
+
+
+def check_device(like: Tensor, **tensors: Tensor | None) -> None:
+    """Every tensor given must lie on the device of `like`."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != like.device:
+            raise ValueError(
+                f"{name} must be on {like.device} like x, got {tensor.device}; move it with {name}.to({str(like.device)!r})"
+            )
+
+
+def check_sizes(like: Tensor) -> None:
+    """Every axis that the kernels walk in 32 bits must fit; the product may be larger."""
+    if any(isinstance(size, int) and size >= 2**31 for size in like.shape):
+        raise ValueError(f"each axis of x must be shorter than 2**31, got {tuple(like.shape)}")
+
+
+def check_flag(name: str, tensor: Tensor | None, batch: int, seqlen: int) -> None:
+    """A per-token flag is a bool tensor (batch, seqlen)."""
+    if tensor is None:
+        return
+    check_shape(name, tensor, (batch, seqlen), "batch, seqlen")
+    check_dtype(name, tensor, (torch.bool,))
+
+
+def check_cu_seqlens(cu_seqlens: Tensor, batch: int, seqlen: int) -> None:
+    """Offsets of packed sequences: start at 0, never descend, end at seqlen; batch is 1.
+
+    Values are read once for each tensor (a tensor on a GPU is waited for then) and not at all while compiling.
+    """
+    check_ndim("cu_seqlens", cu_seqlens, "nseq + 1")
+    check_dtype("cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
+    if batch != 1:
+        raise ValueError(f"cu_seqlens packs sequences into one row: x must have batch 1, got {batch}; flatten the batch")
+    if cu_seqlens.shape[0] < 1:
+        raise ValueError("cu_seqlens must have at least one entry, got none")
+    if torch.compiler.is_compiling() or getattr(cu_seqlens, "_ssmkit_checked", None) == (cu_seqlens._version, seqlen):
+        return
+    offsets = cu_seqlens.tolist()
+    if offsets[0] != 0 or offsets[-1] != seqlen:
+        raise ValueError(f"cu_seqlens must run from 0 to seqlen {seqlen}, got {offsets[0]} to {offsets[-1]}")
+    for place, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        if end < start:
+            raise ValueError(f"cu_seqlens must not descend: entry {place + 1} is {end} after {start}")
+    cu_seqlens._ssmkit_checked = (cu_seqlens._version, seqlen)  # type: ignore[attr-defined]

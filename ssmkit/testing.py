@@ -1,0 +1,131 @@
+"""Inputs, comparisons and runnable backends, shared by tests and benchmarks."""
+
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssmkit.backends import Backend, refusal
+
+EPS32 = torch.finfo(torch.float32).eps
+
+
+def device_of(backend: str) -> torch.device:
+    """Where a backend's test tensors live: GPU backends on the GPU, or interpreted on the CPU where there is none."""
+    return torch.device("cuda" if backend in ("triton", "cuda") and torch.cuda.is_available() else "cpu")
+
+
+def available(op: str, *, reference: bool = False) -> list[str]:
+    """Backends of `op` that can run here, most preferred first; with `reference`, that too."""
+    rows: tuple[Backend, ...] = importlib.import_module(f"ssmkit.ops.{op}").BACKENDS
+    usable = [
+        row.name for row in rows if refusal(Backend(row.name, row.device, row.module), device_of(row.name).type, {}) is None
+    ]
+    return usable + ["reference"] * reference
+
+
+def bounds(dtype: torch.dtype) -> tuple[float, float]:
+    """Allowed relative RMS and maximum error of a result of `dtype`, from the arithmetic.
+
+    Rounding the result costs half an eps of its dtype; accumulating costs a few eps of the state's dtype.
+    """
+    real = dtype.to_real() if dtype.is_complex else dtype
+    eps = torch.finfo(real).eps
+    accumulation = eps if real == torch.float64 else EPS32
+    return eps / 2 + 4 * accumulation, eps + 16 * accumulation
+
+
+def assert_close(name: str, actual: Tensor, expected: Tensor, *, slack: float = 1.0) -> None:
+    """Compare with a float64 result: relative RMS for the bulk, relative maximum for the worst element.
+
+    `slack` multiplies both bounds; whoever passes it states the cause beside the call.
+    """
+    assert actual.shape == expected.shape, f"{name}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    a, e = actual.detach().cpu().to(wide), expected.detach().cpu().to(wide)
+    assert torch.isfinite(torch.view_as_real(a) if a.is_complex() else a).all(), f"{name}: not finite"
+    if e.numel() == 0:
+        return
+    rms_bound, max_bound = (slack * bound for bound in bounds(actual.dtype))
+    error = (a - e).abs()
+    scale_rms, scale_max = e.abs().square().mean().sqrt(), e.abs().max()
+    # A result that is exactly zero must be met exactly.
+    rms, worst = error.square().mean().sqrt() / scale_rms.clamp_min(1e-300), error.max() / scale_max.clamp_min(1e-300)
+    assert rms <= rms_bound, f"{name}: RMS error {rms:.3g} of the expected RMS, allowed {rms_bound:.3g}"
+    assert worst <= max_bound, f"{name}: worst error {worst:.3g} of the expected maximum, allowed {max_bound:.3g}"
+
+
+def to_double(inputs: dict[str, Any]) -> dict[str, Any]:
+    """The same numbers in float64 (complex128), detached, gradients asked for where they were; the rest unchanged."""
+
+    def widen(value: Any) -> Any:
+        if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
+            return value
+        wide = torch.complex128 if value.is_complex() else torch.float64
+        return value.detach().to(wide).requires_grad_(value.requires_grad)
+
+    return {name: widen(value) for name, value in inputs.items()}
+
+
+def run(op: Callable[..., Any], inputs: dict[str, Any], cotangents: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """Call `op` with keyword inputs; return its outputs and, as "d" + name, the gradient of every input that asks for one.
+
+    Args:
+        op: Returns a tensor or a tuple of tensors, named in order by the keys of `cotangents`.
+        cotangents: For each output, the weight of its elements in the differentiated sum.
+    """
+    leaves = {name: value for name, value in inputs.items() if isinstance(value, Tensor) and value.requires_grad}
+    outputs = op(**inputs, **options)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    named = dict(zip(cotangents, outputs, strict=True))
+    pairs = [(out, cotangents[name].to(out)) for name, out in named.items() if out.requires_grad]
+    grads = torch.autograd.grad([out for out, _ in pairs], list(leaves.values()), [cot for _, cot in pairs])
+    return {**{k: v.detach() for k, v in named.items()}, **{f"d{k}": g for k, g in zip(leaves, grads, strict=True)}}
+
+
+def selective_scan_inputs(
+    batch: int,
+    seqlen: int,
+    dim: int,
+    dstate: int,
+    *,
+    ngroups: int = 1,
+    nseq: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    complex_A: bool = False,
+    constant_B: bool = False,
+    constant_C: bool = False,
+    optional: tuple[str, ...] = ("D", "z", "dt_bias", "initial_state"),
+    requires_grad: bool = True,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Keyword inputs of `selective_scan` with decays like those of a trained layer, drawn on the CPU from `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    wide = acc.to_complex() if complex_A else acc
+
+    def normal(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=kind if kind.is_complex else acc).to(kind)
+
+    def weights(constant: bool) -> Tensor:
+        if constant:
+            return normal(dim, dstate, kind=wide)
+        return normal(batch, seqlen, ngroups, dstate, kind=wide if complex_A else dtype)
+
+    A = -torch.rand(dim, dstate, generator=generator, dtype=acc) * 4 - 0.1
+    inputs = {
+        "x": normal(batch, seqlen, dim),
+        "dt": (normal(batch, seqlen, dim).float() - 1).to(dtype),
+        "A": torch.complex(A, normal(dim, dstate, kind=acc)) if complex_A else A,
+        "B": weights(constant_B),
+        "C": weights(constant_C),
+        "D": normal(dim, kind=acc),
+        "z": normal(batch, seqlen, dim),
+        "dt_bias": normal(dim, kind=acc) - 2,
+        "initial_state": normal(batch if nseq is None else nseq, dim, dstate, kind=wide),
+    }
+    kept = {k: v.to(device) for k, v in inputs.items() if k in ("x", "dt", "A", "B", "C") or k in optional}
+    return {**{k: v.requires_grad_(requires_grad) for k, v in kept.items()}, "dt_softplus": True}
