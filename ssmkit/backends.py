@@ -51,10 +51,12 @@ def unusable(name: str, module: str) -> str | None:
     if name == "cpu":
         from ssmkit import native
 
-        return native.unusable()
-    if importlib.util.find_spec(module) is None:
-        return f"its module {module} is not part of this installation"
-    return None
+        return native.why_not() or None
+    try:
+        found = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        found = None
+    return None if found else f"its module {module} is not part of this installation"
 
 
 def runs_on(row: Backend, device: str) -> bool:
