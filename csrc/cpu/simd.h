@@ -1,0 +1,450 @@
+// The SIMD vocabulary of all CPU kernels: Vec<float> and Vec<double> of the native width of the capability this file
+// is compiled for. GCC's vector extensions carry the arithmetic; intrinsics stand only where they say more.
+//
+//   load(p) load(p, count)      whole vector; the first `count` lanes, the others 0, nothing read beyond them
+//   store(p, v) store(p, v, n)  the same; to bfloat16 and float16 with round to nearest even
+//   fma(a, b, c) = a b + c      fnma(a, b, c) = c - a b
+// The all-ones masks of some intrinsics only keep GCC from warning of its own undefined operand.
+//   exp2 exp softplus sigmoid silu sqrt abs max min sum select
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "common/dtype.h"
+
+#if defined(__SSE2__)
+#include <immintrin.h>
+#endif
+
+#define SSMKIT_INLINE inline __attribute__((always_inline))
+
+namespace ssmkit::SSMKIT_CAPABILITY {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+
+template <typename T> struct Lanes;
+template <> struct Lanes<float> {
+  typedef float Reg __attribute__((vector_size(kVectorBytes)));
+  typedef std::int32_t Int __attribute__((vector_size(kVectorBytes)));
+  typedef std::uint32_t Bits __attribute__((vector_size(kVectorBytes)));
+  typedef std::uint16_t Half __attribute__((vector_size(kVectorBytes / 2)));
+};
+template <> struct Lanes<double> {
+  typedef double Reg __attribute__((vector_size(kVectorBytes)));
+  typedef std::int64_t Int __attribute__((vector_size(kVectorBytes)));
+};
+
+template <typename T>
+struct Vec {
+  using Reg = typename Lanes<T>::Reg;
+  using Int = typename Lanes<T>::Int;
+  static constexpr int size = kVectorBytes / static_cast<int>(sizeof(T));
+
+  Reg v;
+
+  Vec() = default;
+  SSMKIT_INLINE Vec(Reg reg) : v(reg) {}
+  SSMKIT_INLINE Vec(T value) : v(Reg{} + value) {}
+
+  SSMKIT_INLINE T operator[](int lane) const { return v[lane]; }
+};
+
+template <typename T> SSMKIT_INLINE Vec<T> operator+(Vec<T> a, Vec<T> b) { return a.v + b.v; }
+template <typename T> SSMKIT_INLINE Vec<T> operator-(Vec<T> a, Vec<T> b) { return a.v - b.v; }
+template <typename T> SSMKIT_INLINE Vec<T> operator*(Vec<T> a, Vec<T> b) { return a.v * b.v; }
+template <typename T> SSMKIT_INLINE Vec<T> operator/(Vec<T> a, Vec<T> b) { return a.v / b.v; }
+template <typename T> SSMKIT_INLINE Vec<T> operator-(Vec<T> a) { return -a.v; }
+template <typename T> SSMKIT_INLINE Vec<T>& operator+=(Vec<T>& a, Vec<T> b) { return a = a + b; }
+
+// ---- multiply-add, comparison -------------------------------------------------------------------------------------
+
+SSMKIT_INLINE Vec<float> fma(Vec<float> a, Vec<float> b, Vec<float> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_ps(a.v, b.v, c.v);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_ps(a.v, b.v, c.v);
+#else
+  return a.v * b.v + c.v;
+#endif
+}
+SSMKIT_INLINE Vec<double> fma(Vec<double> a, Vec<double> b, Vec<double> c) {
+#if defined(__AVX512F__)
+  return _mm512_fmadd_pd(a.v, b.v, c.v);
+#elif defined(__AVX2__)
+  return _mm256_fmadd_pd(a.v, b.v, c.v);
+#else
+  return a.v * b.v + c.v;
+#endif
+}
+SSMKIT_INLINE Vec<float> fnma(Vec<float> a, Vec<float> b, Vec<float> c) { return fma(-a, b, c); }
+SSMKIT_INLINE Vec<double> fnma(Vec<double> a, Vec<double> b, Vec<double> c) { return fma(-a, b, c); }
+
+// max(a, b) and min(a, b) give b where either is NaN.
+SSMKIT_INLINE Vec<float> max(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_max_ps(0xffff, a.v, b.v);
+#elif defined(__AVX2__)
+  return _mm256_max_ps(a.v, b.v);
+#elif defined(__SSE2__)
+  return _mm_max_ps(a.v, b.v);
+#else
+  return a.v > b.v ? a.v : b.v;
+#endif
+}
+SSMKIT_INLINE Vec<float> min(Vec<float> a, Vec<float> b) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_min_ps(0xffff, a.v, b.v);
+#elif defined(__AVX2__)
+  return _mm256_min_ps(a.v, b.v);
+#elif defined(__SSE2__)
+  return _mm_min_ps(a.v, b.v);
+#else
+  return a.v < b.v ? a.v : b.v;
+#endif
+}
+SSMKIT_INLINE Vec<double> max(Vec<double> a, Vec<double> b) { return a.v > b.v ? a.v : b.v; }
+SSMKIT_INLINE Vec<double> min(Vec<double> a, Vec<double> b) { return a.v < b.v ? a.v : b.v; }
+
+// Lane by lane a > b ? yes : no.
+template <typename T>
+SSMKIT_INLINE Vec<T> select_greater(Vec<T> a, Vec<T> b, Vec<T> yes, Vec<T> no) {
+  return a.v > b.v ? yes.v : no.v;
+}
+template <typename T>
+SSMKIT_INLINE Vec<T> abs(Vec<T> a) {
+  return max(a, -a);
+}
+SSMKIT_INLINE Vec<float> sqrt(Vec<float> a) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_sqrt_ps(0xffff, a.v);
+#elif defined(__AVX2__)
+  return _mm256_sqrt_ps(a.v);
+#elif defined(__SSE2__)
+  return _mm_sqrt_ps(a.v);
+#else
+  for (int i = 0; i < Vec<float>::size; ++i) a.v[i] = std::sqrt(a.v[i]);
+  return a;
+#endif
+}
+SSMKIT_INLINE Vec<double> sqrt(Vec<double> a) {
+  for (int i = 0; i < Vec<double>::size; ++i) a.v[i] = std::sqrt(a.v[i]);
+  return a;
+}
+
+// Sum over the lanes: halves added onto halves, always in this order.
+template <typename T>
+SSMKIT_INLINE T sum(Vec<T> a) {
+  T lane[Vec<T>::size];
+  std::memcpy(lane, &a.v, sizeof lane);
+  for (int half = Vec<T>::size / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lane[i] += lane[i + half];
+  return lane[0];
+}
+
+// ---- half precision -----------------------------------------------------------------------------------------------
+
+SSMKIT_INLINE float to_float(bfloat16 value) {
+  const std::uint32_t bits = std::uint32_t{value.bits} << 16;
+  float result;
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+SSMKIT_INLINE float to_float(float16 value) {
+  const std::uint32_t sign = std::uint32_t{value.bits} >> 15 << 31;
+  const std::uint32_t exponent = value.bits >> 10 & 31, mantissa = value.bits & 1023;
+  std::uint32_t bits = sign | (exponent + 112) << 23 | mantissa << 13;
+  if (exponent == 31) bits = sign | 0x7f800000u | mantissa << 13;
+  float result;
+  if (exponent == 0) {
+    // a multiple of 2^-24, exact in float
+    result = static_cast<float>(mantissa) * 0x1p-24f;
+    return sign ? -result : result;
+  }
+  std::memcpy(&result, &bits, 4);
+  return result;
+}
+SSMKIT_INLINE float to_float(float value) { return value; }
+SSMKIT_INLINE double to_float(double value) { return value; }
+
+SSMKIT_INLINE void from_float(bfloat16* out, float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  out->bits = static_cast<std::uint16_t>(nan ? bits >> 16 | 0x40u : (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+SSMKIT_INLINE void from_float(float16* out, float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, 4);
+  const std::uint32_t sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  std::uint32_t half;
+  if (magnitude > 0x7f800000u) {
+    half = 0x7e00u;
+  } else if (magnitude >= 0x477ff000u) {
+    half = 0x7c00u;  // 65520 and above round to infinity
+  } else if (magnitude >= 0x38800000u) {
+    half = (magnitude - 0x38000000u + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+  } else if (magnitude > 0x33000000u) {
+    // below 2^-14: a multiple of 2^-24, rounded by hand
+    const std::uint32_t shift = 126u - (magnitude >> 23), full = (magnitude & 0x7fffffu) | 0x800000u;
+    const std::uint32_t rest = full & ((1u << shift) - 1u), middle = 1u << (shift - 1u);
+    half = full >> shift;
+    half += rest > middle || (rest == middle && (half & 1u));
+  } else {
+    half = 0;  // 2^-25 and below
+  }
+  out->bits = static_cast<std::uint16_t>(sign | half);
+}
+SSMKIT_INLINE void from_float(float* out, float value) { *out = value; }
+SSMKIT_INLINE void from_float(double* out, double value) { *out = value; }
+
+// ---- memory -------------------------------------------------------------------------------------------------------
+
+template <typename T>
+SSMKIT_INLINE Vec<T> load(const T* p) {
+  Vec<T> a;
+  std::memcpy(&a.v, p, kVectorBytes);
+  return a;
+}
+SSMKIT_INLINE Vec<float> load(const bfloat16* p) {
+  Lanes<float>::Half half;
+  std::memcpy(&half, p, sizeof half);
+  const auto bits = __builtin_convertvector(half, Lanes<float>::Bits) << 16;
+  return reinterpret_cast<Lanes<float>::Reg>(bits);
+}
+SSMKIT_INLINE Vec<float> load(const float16* p) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+#elif defined(__F16C__)
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+  Vec<float> a;
+  for (int i = 0; i < Vec<float>::size; ++i) a.v[i] = to_float(p[i]);
+  return a;
+#endif
+}
+
+template <typename T>
+SSMKIT_INLINE void store(T* p, Vec<T> a) {
+  std::memcpy(p, &a.v, kVectorBytes);
+}
+SSMKIT_INLINE void store(bfloat16* p, Vec<float> a) {
+  using Bits = Lanes<float>::Bits;
+  const Bits bits = reinterpret_cast<Bits>(a.v);
+  const Bits rounded = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  const Bits nan = bits >> 16 | 0x40u;
+  const Bits result = (bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded;
+  const auto half = __builtin_convertvector(result, Lanes<float>::Half);
+  std::memcpy(p, &half, sizeof half);
+}
+SSMKIT_INLINE void store(float16* p, Vec<float> a) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_maskz_cvtps_ph(0xffff, a.v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  for (int i = 0; i < Vec<float>::size; ++i) from_float(p + i, a.v[i]);
+#endif
+}
+
+// The first `count` lanes, count < size; through a buffer where there is no masked access.
+#if defined(__AVX512F__)
+SSMKIT_INLINE Vec<float> load(const float* p, int count) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), p);
+}
+SSMKIT_INLINE Vec<double> load(const double* p, int count) {
+  return _mm512_maskz_loadu_pd(static_cast<__mmask8>((1u << count) - 1u), p);
+}
+SSMKIT_INLINE void store(float* p, Vec<float> a, int count) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1u), a.v);
+}
+SSMKIT_INLINE void store(double* p, Vec<double> a, int count) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>((1u << count) - 1u), a.v);
+}
+#endif
+template <typename T>
+SSMKIT_INLINE Vec<acc_t<T>> load(const T* p, int count) {
+  T lane[Vec<acc_t<T>>::size] = {};
+  std::memcpy(lane, p, static_cast<std::size_t>(count) * sizeof(T));
+  return load(lane);
+}
+template <typename T>
+SSMKIT_INLINE void store(T* p, Vec<acc_t<T>> a, int count) {
+  T lane[Vec<acc_t<T>>::size];
+  store(lane, a);
+  std::memcpy(p, lane, static_cast<std::size_t>(count) * sizeof(T));
+}
+
+// ---- exponentials -------------------------------------------------------------------------------------------------
+
+// 2^f for |f| <= 1/2, exactly 1 at 0 (a step of length zero keeps the state).
+SSMKIT_INLINE Vec<float> exp2_fraction(Vec<float> f) {
+  // minimax of the relative error, 9.1e-8
+  Vec<float> p = fma(f, 1.3264727e-3f, 9.6715126e-3f);
+  p = fma(f, p, 5.5507337e-2f);
+  p = fma(f, p, 2.4022242e-1f);
+  p = fma(f, p, 6.9314698e-1f);
+  return fma(f, p, 1.0f);
+}
+SSMKIT_INLINE Vec<double> exp2_fraction(Vec<double> f) {
+  // ln(2)^k / k!, remainder below 5e-18
+  constexpr double c[] = {6.9314718055994529e-1, 2.4022650695910069e-1,  5.5504108664821576e-2,  9.6181291076284769e-3,
+                          1.3333558146428443e-3, 1.5403530393381606e-4,  1.5252733804059841e-5,  1.3215486790144307e-6,
+                          1.0178086009239699e-7, 7.0549116208011229e-9,  4.4455382718708112e-10, 2.5678435993488200e-11,
+                          1.3691488853904124e-12};
+  Vec<double> p(c[12]);
+  for (int k = 11; k >= 0; --k) p = fma(f, p, c[k]);
+  return fma(f, p, 1.0);
+}
+
+// p 2^n for a whole number n; 0 below the smallest normal number, infinity above the largest.
+SSMKIT_INLINE Vec<float> scale(Vec<float> p, Vec<float> n) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_ps(0xffff, p.v, n.v);
+#else
+  // n + 127 lands in the low bits of the sum, then in the exponent field; 0 there gives 0, 255 gives infinity
+  n = max(Vec<float>(-127.0f), min(Vec<float>(128.0f), n));
+  using Bits = Lanes<float>::Bits;
+  const Bits bits = reinterpret_cast<Bits>((n + Vec<float>(0x1.8p23f + 127.0f)).v) << 23;
+  return p.v * reinterpret_cast<Lanes<float>::Reg>(bits);
+#endif
+}
+SSMKIT_INLINE Vec<double> scale(Vec<double> p, Vec<double> n) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_scalef_pd(0xff, p.v, n.v);
+#else
+  n = max(Vec<double>(-1023.0), min(Vec<double>(1024.0), n));
+  typedef std::uint64_t Bits __attribute__((vector_size(kVectorBytes)));
+  const Bits bits = reinterpret_cast<Bits>((n + Vec<double>(0x1.8p52 + 1023.0)).v) << 52;
+  return p.v * reinterpret_cast<Lanes<double>::Reg>(bits);
+#endif
+}
+
+// Nearest whole number; exact where |x| < 2^22 (2^51), and any larger x stays larger than scale() can tell apart.
+SSMKIT_INLINE Vec<float> nearest(Vec<float> x) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_roundscale_ps(0xffff, x.v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__AVX2__)
+  return _mm256_round_ps(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Vec<float> magic(0x1.8p23f);
+  x = max(Vec<float>(-0x1p21f), min(Vec<float>(0x1p21f), x));
+  return (x + magic) - magic;
+#endif
+}
+SSMKIT_INLINE Vec<double> nearest(Vec<double> x) {
+#if defined(__AVX512F__)
+  return _mm512_maskz_roundscale_pd(0xff, x.v, _MM_FROUND_TO_NEAREST_INT);
+#elif defined(__AVX2__)
+  return _mm256_round_pd(x.v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
+  const Vec<double> magic(0x1.8p52);
+  x = max(Vec<double>(-0x1p50), min(Vec<double>(0x1p50), x));
+  return (x + magic) - magic;
+#endif
+}
+
+// 2^x; relative error 1.6e-7 in float (|x| small against 2^24), 3e-16 in double.
+SSMKIT_INLINE Vec<float> exp2(Vec<float> x) {
+#if defined(__AVX512F__)
+  // x - nearest(x) in one instruction; the whole part is what is left
+  const Vec<float> f = _mm512_maskz_reduce_ps(0xffff, x.v, _MM_FROUND_TO_NEAREST_INT);
+  return scale(exp2_fraction(f), x - f);
+#elif defined(__AVX2__) || defined(__SSE2__)
+  x = max(Vec<float>(-127.0f), min(Vec<float>(128.0f), x));
+  const Vec<float> magic(0x1.8p23f + 127.0f);
+  const Vec<float> shifted = x + magic;
+  const auto bits = reinterpret_cast<Lanes<float>::Bits>(shifted.v) << 23;
+  return exp2_fraction(x - (shifted - magic)).v * reinterpret_cast<Lanes<float>::Reg>(bits);
+#else
+  const Vec<float> n = nearest(x);
+  return scale(exp2_fraction(x - n), n);
+#endif
+}
+SSMKIT_INLINE Vec<double> exp2(Vec<double> x) {
+  // beyond these the result is 0 or infinity; the difference below stays finite
+  x = max(Vec<double>(-1100.0), min(Vec<double>(1100.0), x));
+  const Vec<double> n = nearest(x);
+  return scale(exp2_fraction(x - n), n);
+}
+
+template <typename T> constexpr T kLog2e = static_cast<T>(1.44269504088896340736);
+
+// e^x, the argument reduced in two parts so that the error does not grow with |x|.
+SSMKIT_INLINE Vec<float> exp(Vec<float> x) {
+  x = max(Vec<float>(-104.0f), min(Vec<float>(89.0f), x));
+  const Vec<float> n = nearest(x * Vec<float>(kLog2e<float>));
+  Vec<float> r = fnma(n, 0x1.62e4p-1f, x);  // ln 2 to 14 bits: n times it is exact
+  r = fnma(n, 1.42860677e-6f, r);
+  return scale(exp2_fraction(r * Vec<float>(kLog2e<float>)), n);
+}
+SSMKIT_INLINE Vec<double> exp(Vec<double> x) {
+  x = max(Vec<double>(-746.0), min(Vec<double>(710.0), x));
+  const Vec<double> n = nearest(x * Vec<double>(kLog2e<double>));
+  Vec<double> r = fnma(n, 0x1.62e42fefa0000p-1, x);  // ln 2 to 37 bits
+  r = fnma(n, 1.2282041711707e-13, r);
+  return scale(exp2_fraction(r * Vec<double>(kLog2e<double>)), n);
+}
+
+// log(1 + u) for 0 <= u <= 1 as 2 artanh(s), s = u / (2 + u) <= 1/3.
+SSMKIT_INLINE Vec<float> log1p_unit(Vec<float> u) {
+  const Vec<float> s = u / (u + Vec<float>(2.0f)), q = s * s;
+  Vec<float> p = fma(q, 2.0f / 15, 2.0f / 13);
+  p = fma(q, p, 2.0f / 11);
+  p = fma(q, p, 2.0f / 9);
+  p = fma(q, p, 2.0f / 7);
+  p = fma(q, p, 2.0f / 5);
+  p = fma(q, p, 2.0f / 3);
+  return s * fma(q, p, 2.0f);
+}
+SSMKIT_INLINE Vec<double> log1p_unit(Vec<double> u) {
+  const Vec<double> s = u / (u + Vec<double>(2.0)), q = s * s;
+  Vec<double> p(2.0 / 35);
+  for (int k = 33; k >= 1; k -= 2) p = fma(q, p, 2.0 / k);
+  return s * p;
+}
+
+// log(1 + e^x), and x itself above 20.
+template <typename T>
+SSMKIT_INLINE Vec<T> softplus(Vec<T> x) {
+  const Vec<T> zero(T(0));
+  const Vec<T> smooth = max(zero, x) + log1p_unit(exp(-abs(x)));
+  return select_greater(x, Vec<T>(T(20)), x, smooth);
+}
+
+// s = 1 / (1 + e^-x) and its complement 1 - s, both without cancellation.
+template <typename T>
+struct Logistic {
+  Vec<T> s, rest;
+};
+template <typename T>
+SSMKIT_INLINE Logistic<T> logistic(Vec<T> x) {
+  const Vec<T> zero(T(0)), one(T(1));
+  const Vec<T> e = exp(-abs(x)), large = one / (one + e), small = e * large;
+  return {select_greater(x, zero, large, small), select_greater(x, zero, small, large)};
+}
+template <typename T> SSMKIT_INLINE Vec<T> sigmoid(Vec<T> x) { return logistic(x).s; }
+template <typename T> SSMKIT_INLINE Vec<T> silu(Vec<T> x) { return x * logistic(x).s; }
+
+// d softplus / dx, 1 above 20 as softplus is the identity there.
+template <typename T>
+SSMKIT_INLINE Vec<T> softplus_slope(Vec<T> x) {
+  return select_greater(x, Vec<T>(T(20)), Vec<T>(T(1)), sigmoid(x));
+}
+// d silu / dx = s (1 + x (1 - s))
+template <typename T>
+SSMKIT_INLINE Vec<T> silu_slope(Vec<T> x) {
+  const Logistic<T> l = logistic(x);
+  return l.s * fma(x, l.rest, Vec<T>(T(1)));
+}
+
+}  // namespace
+}  // namespace ssmkit::SSMKIT_CAPABILITY
