@@ -1,0 +1,46 @@
+"""Every kernel that ships compiles for every target within its limits: registers, no local memory, shared memory."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the package triton is not installed")
+
+# bytes of shared memory per block: consumer NVIDIA cards have 99 KB, AMD's CDNA3 64 KB
+SHARED_LIMIT = {**dict.fromkeys(["cuda:80", "cuda:90", "cuda:100", "cuda:120"], 99 << 10), "hip:gfx942": 64 << 10}
+
+
+def compile_for(target: str) -> list[dict]:
+    """The report of tests/kernels/aot.py, made in a process of its own: this one may interpret kernels instead."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = str(Path(__file__).with_name("aot.py"))
+    done = subprocess.run([sys.executable, script, target], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{target}: compiling failed\n{done.stderr[-4000:]}"
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def reports() -> Callable[[str], list[dict]]:
+    """Compiles for all targets at once, as many together as there are cores."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        running = {target: pool.submit(compile_for, target) for target in SHARED_LIMIT}
+        yield lambda target: running[target].result()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", SHARED_LIMIT)
+def test_kernels_fit_the_target(target, reports, record_property):
+    report = reports(target)
+    assert len({row["kernel"] for row in report}) > 0
+    excess = [
+        row for row in report if row["local_bytes"] or row["spills"] or row["shared_bytes"] > SHARED_LIMIT[target]
+    ]
+    assert not excess, "\n".join(map(str, excess))
+    for row in report:
+        record_property(f"{row['kernel']} {row['configuration']}", f"{row['registers']} registers")
