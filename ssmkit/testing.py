@@ -81,7 +81,9 @@ def run(op: Callable[..., Any], inputs: dict[str, Any], cotangents: dict[str, Te
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     named = dict(zip(cotangents, outputs, strict=True))
     pairs = [(out, cotangents[name].to(out)) for name, out in named.items() if out.requires_grad]
-    grads = torch.autograd.grad([out for out, _ in pairs], list(leaves.values()), [cot for _, cot in pairs])
+    grads = torch.autograd.grad(
+        [out for out, _ in pairs], list(leaves.values()), [cot for _, cot in pairs], allow_unused=True, materialize_grads=True
+    )
     return {**{k: v.detach() for k, v in named.items()}, **{f"d{k}": g for k, g in zip(leaves, grads, strict=True)}}
 
 

@@ -269,16 +269,18 @@ def selective_scan_ref(
     keep = torch.ones_like(real) if resets is None else ~resets
     zero = A_DN.new_zeros(dim, A.shape[1])
 
-    y_BLD = [x_BLD.new_zeros(dim)] * (batch * seqlen)
+    # One view per token: indexing in the loop would give every token a gradient of the whole tensor.
+    tokens = [tensor.flatten(0, 1).unbind(0) for tensor in (x_BLD, dt_BLD, B_BLDN, C_BLDN, keep)]
+    y_BLD = [torch.empty(0)] * (batch * seqlen)
     final = []
-    for state, rows in enumerate(_walks(batch, seqlen, cu_seqlens, order, reverse)):
-        h_DN = zero if initial_state is None else initial_state[state].to(wide)
+    for sequence, rows in enumerate(_walks(batch, seqlen, cu_seqlens, order, reverse)):
+        h_DN = zero if initial_state is None else initial_state[sequence].to(wide)
         for row in rows:
-            at = divmod(row, seqlen)
-            Abar_DN = torch.exp(dt_BLD[at][:, None] * A_DN)                                       # (4)
-            Bbar_DN = dt_BLD[at][:, None] * B_BLDN[at]                                            # (4), first order in dt
-            h_DN = Abar_DN * torch.where(keep[at], h_DN, zero) + Bbar_DN * x_BLD[at][:, None]      # (2a)
-            y_D = (C_BLDN[at] * h_DN).sum(-1)                                                     # (2b)
+            x_D, dt_D, B_DN, C_DN, kept = (tensor[row] for tensor in tokens)
+            Abar_DN = torch.exp(dt_D[:, None] * A_DN)  # (4)
+            Bbar_DN = dt_D[:, None] * B_DN  # (4), first order in dt
+            h_DN = Abar_DN * torch.where(kept, h_DN, zero) + Bbar_DN * x_D[:, None]  # (2a)
+            y_D = (C_DN * h_DN).sum(-1)  # (2b)
             y_BLD[row] = 2 * y_D.real if A.is_complex() else y_D
         final.append(h_DN)
     y = torch.stack(y_BLD).view(batch, seqlen, dim) if y_BLD else x_BLD
