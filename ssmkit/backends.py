@@ -52,11 +52,14 @@ def unusable(name: str, module: str) -> str | None:
         from ssmkit import native
 
         return native.why_not() or None
+    missing = f"its module {module} is not part of this installation"
+    if name == "cuda":
+        missing = "no hand-written CUDA kernel of this op is built; triton serves on a GPU"
     try:
         found = importlib.util.find_spec(module)
     except ModuleNotFoundError:
         found = None
-    return None if found else f"its module {module} is not part of this installation"
+    return None if found else missing
 
 
 def runs_on(row: Backend, device: str) -> bool:

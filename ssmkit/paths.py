@@ -35,7 +35,7 @@ class ScanPath:
         table = table.to(device="cpu", dtype=torch.int64)
         if table.numel() >= 2**31:
             raise ValueError(f"order must have fewer than 2**31 tokens, got {table.numel()}")
-        self._fill(table.numel(), table, reversed=False, restarts=restarts)
+        self._fill(table.numel(), table, backwards=False, restarts=restarts)
         if not torch.equal(table.sort().values, torch.arange(table.numel())):
             raise ValueError(f"order must be a permutation of 0..{table.numel() - 1}: {self._fault(table)}")
 
@@ -43,24 +43,24 @@ class ScanPath:
     def identity(cls, length: int, *, restarts: Tensor | Sequence[int] = ()) -> "ScanPath":
         """The tokens as they lie."""
         path = cls.__new__(cls)
-        path._fill(length, None, reversed=False, restarts=restarts)
+        path._fill(length, None, backwards=False, restarts=restarts)
         return path
 
     @classmethod
     def reverse(cls, length: int, *, restarts: Tensor | Sequence[int] = ()) -> "ScanPath":
         """From the last token to the first."""
         path = cls.__new__(cls)
-        path._fill(length, None, reversed=True, restarts=restarts)
+        path._fill(length, None, backwards=True, restarts=restarts)
         return path
 
-    def _fill(self, length: int, table: Tensor | None, reversed: bool, restarts: Tensor | Sequence[int]) -> None:
+    def _fill(self, length: int, table: Tensor | None, backwards: bool, restarts: Tensor | Sequence[int]) -> None:
         if length < 0:
             raise ValueError(f"length must not be negative, got {length}")
         places = torch.as_tensor(restarts, dtype=torch.int64).cpu().flatten()
         if places.numel() and (int(places.min()) < 0 or int(places.max()) >= length):
             raise ValueError(f"restarts must lie in 0..{length - 1}, got {places.tolist()[:8]}")
         self.length = length
-        self.reversed = reversed
+        self.reversed = backwards
         self._order: dict[torch.device, Tensor] = {}
         self._restarts: dict[torch.device, Tensor] = {}
         cpu = torch.device("cpu")

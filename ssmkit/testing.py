@@ -21,7 +21,9 @@ def available(op: str, *, reference: bool = False) -> list[str]:
     """Backends of `op` that can run here, most preferred first; with `reference`, that too."""
     rows: tuple[Backend, ...] = importlib.import_module(f"ssmkit.ops.{op}").BACKENDS
     usable = [
-        row.name for row in rows if refusal(Backend(row.name, row.device, row.module), device_of(row.name).type, {}) is None
+        row.name
+        for row in rows
+        if refusal(Backend(row.name, row.device, row.module), device_of(row.name).type, {}) is None
     ]
     return usable + ["reference"] * reference
 
@@ -69,7 +71,9 @@ def to_double(inputs: dict[str, Any]) -> dict[str, Any]:
     return {name: widen(value) for name, value in inputs.items()}
 
 
-def run(op: Callable[..., Any], inputs: dict[str, Any], cotangents: dict[str, Tensor], **options: Any) -> dict[str, Tensor]:
+def run(
+    op: Callable[..., Any], inputs: dict[str, Any], cotangents: dict[str, Tensor], **options: Any
+) -> dict[str, Tensor]:
     """Call `op` with keyword inputs; return its outputs and, as "d" + name, the gradient of every input that asks for one.
 
     Args:
@@ -82,7 +86,11 @@ def run(op: Callable[..., Any], inputs: dict[str, Any], cotangents: dict[str, Te
     named = dict(zip(cotangents, outputs, strict=True))
     pairs = [(out, cotangents[name].to(out)) for name, out in named.items() if out.requires_grad]
     grads = torch.autograd.grad(
-        [out for out, _ in pairs], list(leaves.values()), [cot for _, cot in pairs], allow_unused=True, materialize_grads=True
+        [out for out, _ in pairs],
+        list(leaves.values()),
+        [cot for _, cot in pairs],
+        allow_unused=True,
+        materialize_grads=True,
     )
     return {**{k: v.detach() for k, v in named.items()}, **{f"d{k}": g for k, g in zip(leaves, grads, strict=True)}}
 

@@ -1,6 +1,7 @@
 """Checks of arguments: each error names the argument, what was expected, what came, and the way out."""
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -64,7 +65,9 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, seqlen: int) -> None:
     check_ndim("cu_seqlens", cu_seqlens, "nseq + 1")
     check_dtype("cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
     if batch != 1:
-        raise ValueError(f"cu_seqlens packs sequences into one row: x must have batch 1, got {batch}; flatten the batch")
+        raise ValueError(
+            f"cu_seqlens packs sequences into one row: x must have batch 1, got {batch}; flatten the batch"
+        )
     if cu_seqlens.shape[0] < 1:
         raise ValueError("cu_seqlens must have at least one entry, got none")
     if torch.compiler.is_compiling() or getattr(cu_seqlens, "_ssmkit_checked", None) == (cu_seqlens._version, seqlen):
@@ -72,7 +75,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, seqlen: int) -> None:
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != seqlen:
         raise ValueError(f"cu_seqlens must run from 0 to seqlen {seqlen}, got {offsets[0]} to {offsets[-1]}")
-    for place, (start, end) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for place, (start, end) in enumerate(pairwise(offsets)):
         if end < start:
             raise ValueError(f"cu_seqlens must not descend: entry {place + 1} is {end} after {start}")
     cu_seqlens._ssmkit_checked = (cu_seqlens._version, seqlen)  # type: ignore[attr-defined]

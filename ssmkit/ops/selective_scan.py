@@ -7,6 +7,7 @@ Numbers follow Gu & Dao 2023, "Mamba", arXiv:2312.00752. With A complex the stat
 is kept, and y_l = 2 Re(C_l . h_l) + D x_l.
 """
 
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import torch
@@ -128,9 +129,7 @@ def selective_scan(
         tensors = (x, dt, A, B, C, D, z, dt_bias, initial_state)
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         flags = flags_of(resets, mask)
-        y, final_state, _ = selective_scan_fwd(
-            *tensors, order, flags, cu_seqlens, dt_softplus, reverse, save, chosen
-        )
+        y, final_state, _ = selective_scan_fwd(*tensors, order, flags, cu_seqlens, dt_softplus, reverse, save, chosen)
     return ScanOutput(y, final_state) if return_final_state else y
 
 
@@ -209,8 +208,8 @@ def _check_weights(name: str, weight: Tensor, x: Tensor, A: Tensor) -> None:
     check_shape(name, weight, (batch, seqlen, *middle, A.shape[1]), "batch, seqlen, [ngroups,] dstate")
     if ngroups < 1 or dim % ngroups:
         raise ValueError(f"{name} has {ngroups} groups, which must divide dim {dim}")
-    kinds = (x.dtype, *COMPLEXES) if A.is_complex() else (x.dtype,)
-    check_dtype(name, weight, kinds, "like x" + (", or complex like A" if A.is_complex() else ""))
+    per_token = (x.dtype, *COMPLEXES) if A.is_complex() else (x.dtype,)
+    check_dtype(name, weight, per_token, "like x" + (", or complex like A" if A.is_complex() else ""))
 
 
 def _weights(weight: Tensor, x: Tensor, A: Tensor) -> Tensor:
@@ -257,7 +256,7 @@ def selective_scan_ref(
     wide = torch.complex128 if A.is_complex() else torch.float64
     real = torch.ones(batch, seqlen, dtype=torch.bool, device=x.device) if mask is None else mask
     # A pad's numbers do not enter at all, so they may be anything.
-    x_BLD, dt_BLD, z_BLD = (None if t is None else torch.where(real[..., None], t.double(), 0.0) for t in (x, dt, z))
+    x_BLD, dt_BLD = (torch.where(real[..., None], t.double(), 0.0) for t in (x, dt))
     A_DN = A.to(wide)
     B_BLDN, C_BLDN = (_per_channel(weight, real, dim).to(wide) for weight in (B, C))
 
@@ -286,8 +285,8 @@ def selective_scan_ref(
     y = torch.stack(y_BLD).view(batch, seqlen, dim) if y_BLD else x_BLD
     if D is not None:
         y = y + D.double() * x_BLD
-    if z_BLD is not None:
-        y = y * F.silu(z_BLD)
+    if z is not None:
+        y = y * F.silu(torch.where(real[..., None], z.double(), 0.0))
     y = torch.where(real[..., None], y, 0.0)
     final_state = torch.stack(final) if final else A_DN.new_zeros(0, dim, A.shape[1])
     return y.to(x.dtype), final_state.to(A.dtype)
@@ -305,7 +304,7 @@ def _walks(batch: int, seqlen: int, cu_seqlens: Tensor | None, order: Tensor | N
     """For each sequence the rows (b * seqlen + l) it visits, in order."""
     if cu_seqlens is not None:
         offsets = cu_seqlens.tolist()
-        walks = [list(range(start, end)) for start, end in zip(offsets, offsets[1:], strict=False)]
+        walks = [list(range(start, end)) for start, end in pairwise(offsets)]
     else:
         tokens = range(seqlen) if order is None else order.tolist()
         walks = [[b * seqlen + token for token in tokens] for b in range(batch)]

@@ -1,5 +1,7 @@
 """selective_scan: every backend against the float64 reference, the official numbers, and the laws of a scan."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from golden_cases import load, names
@@ -131,7 +133,9 @@ def test_official_numbers(name, dtype, backend):
         pytest.skip(f"{backend} has real states only")
     if dtype == torch.float64:
         inputs = to_double(inputs)
-    inputs = {k: v.detach().to(device_of(backend)).requires_grad_() if k != "dt_softplus" else v for k, v in inputs.items()}
+    inputs = {
+        k: v.detach().to(device_of(backend)).requires_grad_() if k != "dt_softplus" else v for k, v in inputs.items()
+    }
     weights = {"y": case.cotangents["out"].transpose(1, 2)}
     with_state = "last_state" in case.outputs
     if with_state:
@@ -245,7 +249,7 @@ def test_a_token_leaves_the_past_alone(backend, data):
 @given(data=st.data())
 def test_resets_separate_sequences(backend, data):
     inputs = draw(data)
-    batch, seqlen, dim = inputs["x"].shape
+    batch, seqlen, _ = inputs["x"].shape
     cut = data.draw(st.integers(0, seqlen - 1))
     resets = torch.zeros(batch, seqlen, dtype=torch.bool)
     resets[:, cut] = True
@@ -262,7 +266,7 @@ def test_resets_separate_sequences(backend, data):
 @given(data=st.data())
 def test_pads_might_as_well_not_be_there(backend, data):
     inputs = draw(data)
-    batch, seqlen, dim = inputs["x"].shape
+    batch, seqlen, _ = inputs["x"].shape
     real = torch.tensor(data.draw(st.lists(st.booleans(), min_size=seqlen, max_size=seqlen)))
     reverse = data.draw(st.booleans())
     poisoned = {
@@ -288,7 +292,7 @@ def test_packed_equals_separate(backend, data):
     )
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     y, final = scan(inputs | {"cu_seqlens": offsets.to(device_of(backend))}, backend, reverse=reverse)
-    for s, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for s, (start, end) in enumerate(pairwise(offsets.tolist())):
         one = part(inputs, start, end) | {"initial_state": inputs["initial_state"][s : s + 1]}
         y_one, final_one = scan(one, backend, reverse=reverse)
         same(y[:, start:end], y_one)
@@ -404,9 +408,7 @@ def test_opcheck(backend):
     y, final_state, checkpoints = selective_scan_fwd(*(a.detach() if isinstance(a, torch.Tensor) else a for a in args))
     detached = [inputs[name].detach() for name in names]
     grads = (torch.ones_like(y), torch.ones_like(final_state))
-    torch.library.opcheck(
-        selective_scan_bwd, (*grads, *detached, None, flags, None, checkpoints, True, False, backend)
-    )
+    torch.library.opcheck(selective_scan_bwd, (*grads, *detached, None, flags, None, checkpoints, True, False, backend))
 
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
@@ -464,7 +466,9 @@ def test_views_of_wider_projections(backend):
 
 
 @every_backend
-@pytest.mark.parametrize("shape", [(0, 5, 4, 3), (2, 0, 4, 3), (2, 5, 0, 3)], ids=["no batch", "no tokens", "no channels"])
+@pytest.mark.parametrize(
+    "shape", [(0, 5, 4, 3), (2, 0, 4, 3), (2, 5, 0, 3)], ids=["no batch", "no tokens", "no channels"]
+)
 def test_empty(shape, backend):
     inputs = selective_scan_inputs(*shape, device=device_of(backend))
     out = run(selective_scan, inputs, cotangents(inputs), return_final_state=True, backend=backend)

@@ -1,0 +1,7 @@
+"""Layers: parameters, projections, and a call to an op."""
+
+from ssmkit.nn.block import Block, MambaStack
+from ssmkit.nn.mamba import Mamba
+from ssmkit.nn.rms_norm import RMSNorm
+
+__all__ = ["Block", "Mamba", "MambaStack", "RMSNorm"]

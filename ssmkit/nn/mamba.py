@@ -1,0 +1,225 @@
+"""Mamba-1 layer: projections, short convolution and a gated selective scan.
+
+Gu & Dao 2023, "Mamba", arXiv:2312.00752, section 3.4 and figure 3. Arguments, parameter names and initialisation are
+those of `mamba_ssm.Mamba`, so an official state dict loads.
+"""
+
+import math
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ssmkit.ops import causal_conv1d, causal_conv1d_step, selective_scan, selective_state_step
+
+MambaState = tuple[Tensor, Tensor]
+
+
+class Mamba(nn.Module):
+    """The Mamba mixer: x, z = in_proj(u); x = silu(conv(x)); y = scan(x) * silu(z); out_proj(y).
+
+    Args:
+        d_model: Width of input and output.
+        d_state: States per channel, N.
+        d_conv: Taps of the short convolution.
+        expand: Inner width is expand * d_model.
+        dt_rank: Rank of the step sizes; "auto" is ceil(d_model / 16).
+        dt_min, dt_max, dt_init_floor: Initial step sizes are drawn log-uniformly from dt_min..dt_max, at least the floor.
+        dt_init, dt_scale: dt_proj.weight starts uniform in +-dt_scale / sqrt(dt_rank) ("random"), or there ("constant").
+        conv_bias, bias: Whether the convolution and the in and out projections have a bias.
+        use_fast_path: Accepted for compatibility; there is one path.
+        layer_idx: Key of this layer's states in `inference_params.key_value_memory_dict`.
+        backend: Handed to the ops: "auto", "reference" or a backend's name.
+    Shapes:
+        hidden_states and output (batch, seqlen, d_model); conv_state (batch, d_conv - 1, d_inner), the last inputs of the
+        convolution, oldest first; ssm_state (batch, d_inner, d_state), fp32 (fp64 in a float64 layer).
+    """
+
+    def __init__(
+        self,
+        d_model: int,
+        d_state: int = 16,
+        d_conv: int = 4,
+        expand: int = 2,
+        dt_rank: int | Literal["auto"] = "auto",
+        dt_min: float = 0.001,
+        dt_max: float = 0.1,
+        dt_init: Literal["random", "constant"] = "random",
+        dt_scale: float = 1.0,
+        dt_init_floor: float = 1e-4,
+        conv_bias: bool = True,
+        bias: bool = False,
+        use_fast_path: bool = True,
+        layer_idx: int | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        for name, size in (("d_model", d_model), ("d_state", d_state), ("d_conv", d_conv), ("expand", expand)):
+            if size < 1:
+                raise ValueError(f"{name} must be at least 1, got {size}")
+        if dt_init not in ("random", "constant"):
+            raise ValueError(f"dt_init must be 'random' or 'constant', got {dt_init!r}")
+        self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
+        self.d_inner = int(expand * d_model)
+        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
+        self.layer_idx = layer_idx
+        self.backend = backend
+        place: dict[str, Any] = {"device": device, "dtype": dtype}
+
+        self.in_proj = nn.Linear(d_model, 2 * self.d_inner, bias=bias, **place)
+        self.conv1d = nn.Conv1d(
+            self.d_inner, self.d_inner, d_conv, groups=self.d_inner, padding=d_conv - 1, bias=conv_bias, **place
+        )
+        self.x_proj = nn.Linear(self.d_inner, self.dt_rank + 2 * d_state, bias=False, **place)
+        self.dt_proj = nn.Linear(self.dt_rank, self.d_inner, bias=True, **place)
+        self.A_log = nn.Parameter(s4d_real(self.d_inner, d_state, device))
+        self.D = nn.Parameter(torch.ones(self.d_inner, device=device))
+        self.out_proj = nn.Linear(self.d_inner, d_model, bias=bias, **place)
+        for parameter in (self.A_log, self.D):
+            parameter._no_weight_decay = True  # type: ignore[attr-defined]
+        init_dt(self.dt_proj, dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        inference_params: Any = None,
+        *,
+        mask: Tensor | None = None,
+        resets: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
+        state: MambaState | None = None,
+    ) -> Tensor:
+        """Mix the tokens.
+
+        Args:
+            hidden_states: Input                                       (batch, seqlen, d_model)
+            inference_params: An object like mamba_ssm's InferenceParams (key_value_memory_dict, seqlen_offset): at offset 0
+                the tokens fill this layer's states, later each call takes one token.
+            mask: True at real tokens; a pad is as if it were not there  (batch, seqlen) bool
+            resets: Tokens that drop everything before them              (batch, seqlen) bool
+            cu_seqlens: Offsets of sequences packed into one row         (nseq + 1,)  int32 or int64
+            state: (conv_state, ssm_state), continued and then updated in place.
+        """
+        if inference_params is not None:
+            state = self._state_of(inference_params, hidden_states.shape[0])
+            if inference_params.seqlen_offset > 0:
+                return self.step(hidden_states, *state)[0]
+        x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
+        # A state that is overwritten below must not be the one that backward reads.
+        conv_state, ssm_state = (None, None) if state is None else (part.clone() for part in state)
+        walk: dict[str, Any] = {"mask": mask, "resets": resets, "cu_seqlens": cu_seqlens, "backend": self.backend}
+        x, conv_state = causal_conv1d(
+            x,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            activation="silu",
+            initial_state=conv_state,
+            return_final_state=True,
+            **walk,
+        )
+        dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        y, ssm_state = selective_scan(
+            x,
+            F.linear(dt, self.dt_proj.weight),
+            self.A(),
+            B,
+            C,
+            D=self.D,
+            z=z,
+            dt_bias=self.dt_proj.bias,
+            dt_softplus=True,
+            initial_state=ssm_state,
+            return_final_state=True,
+            **walk,
+        )
+        if state is not None:
+            for part, final in zip(state, (conv_state, ssm_state), strict=True):
+                part.copy_(final.detach())
+        return self.out_proj(y)
+
+    def A(self) -> Tensor:
+        """Decay rates -exp(A_log), in fp32 or wider.                  (d_inner, d_state)"""
+        wide = torch.float64 if self.A_log.dtype == torch.float64 else torch.float32
+        return -torch.exp(self.A_log.to(wide))
+
+    def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """One token: hidden_states (batch, 1, d_model). Returns the output and the states, updated in place."""
+        if hidden_states.ndim != 3 or hidden_states.shape[1] != 1:
+            raise ValueError(
+                f"hidden_states must have shape (batch, 1, {self.d_model}), got {tuple(hidden_states.shape)}; "
+                "use forward(..., state=...) for several tokens"
+            )
+        x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)
+        x = causal_conv1d_step(
+            x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu", backend=self.backend
+        )
+        dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        y = selective_state_step(
+            ssm_state,
+            x,
+            F.linear(dt, self.dt_proj.weight),
+            self.A(),
+            B,
+            C,
+            D=self.D,
+            z=z,
+            dt_bias=self.dt_proj.bias,
+            dt_softplus=True,
+            backend=self.backend,
+        )
+        return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
+
+    def allocate_inference_cache(
+        self, batch_size: int, max_seqlen: int | None = None, dtype: torch.dtype | None = None, **_: Any
+    ) -> MambaState:
+        """Zero (conv_state, ssm_state). `dtype` is that of conv_state; ssm_state is fp32, fp64 in a float64 layer.
+
+        max_seqlen is accepted for compatibility: the states do not grow.
+        """
+        weight = self.conv1d.weight
+        conv_state = weight.new_zeros(batch_size, self.d_conv - 1, self.d_inner, dtype=dtype or weight.dtype)
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        return conv_state, weight.new_zeros(batch_size, self.d_inner, self.d_state, dtype=wide)
+
+    def _state_of(self, inference_params: Any, batch: int) -> MambaState:
+        if self.layer_idx is None:
+            raise ValueError("layer_idx must be given to the layer before it can keep states in inference_params")
+        cache = inference_params.key_value_memory_dict
+        if self.layer_idx not in cache:
+            cache[self.layer_idx] = self.allocate_inference_cache(batch)
+        elif inference_params.seqlen_offset == 0:
+            for part in cache[self.layer_idx]:
+                part.zero_()
+        return cache[self.layer_idx]
+
+    def extra_repr(self) -> str:
+        """Sizes, for print()."""
+        return f"d_model={self.d_model}, d_state={self.d_state}, d_conv={self.d_conv}, expand={self.expand}"
+
+
+def s4d_real(dim: int, dstate: int, device: torch.device | str | None = None) -> Tensor:
+    """A_log = log(1..dstate) for every channel: S4D-Real, arXiv:2206.11893.     (dim, dstate) fp32"""
+    return torch.arange(1, dstate + 1, dtype=torch.float32, device=device).log().repeat(dim, 1)
+
+
+@torch.no_grad()
+def init_dt(proj: nn.Linear, dt_min: float, dt_max: float, dt_init: str, dt_scale: float, dt_init_floor: float) -> None:
+    """Start values of the step sizes: softplus(bias) log-uniform in dt_min..dt_max, at least dt_init_floor.
+
+    The bias is marked `_no_reinit`, for model-level passes that zero the biases of linear layers.
+    """
+    spread = proj.in_features**-0.5 * dt_scale
+    if dt_init == "constant":
+        nn.init.constant_(proj.weight, spread)
+    else:
+        nn.init.uniform_(proj.weight, -spread, spread)
+    low, high = math.log(dt_min), math.log(dt_max)
+    dt = torch.exp(torch.rand(proj.out_features, device=proj.weight.device) * (high - low) + low).clamp(
+        min=dt_init_floor
+    )
+    proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+    proj.bias._no_reinit = True  # type: ignore[attr-defined]
