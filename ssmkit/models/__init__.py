@@ -1,0 +1,1 @@
+"""Backbones: configs, named variants, stages."""
