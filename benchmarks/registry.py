@@ -1,22 +1,28 @@
-"""What a benchmark declares. The smallest complete file, benchmarks/bench_cumulative.py, would read:
+"""What a benchmark declares, and the list of those there are.
 
-    '''cumulative: memory-bound, one read and one write.'''
+The smallest complete file, for an op `cumulative`, is benchmarks/bench_cumulative.py:
+
     import torch
+    from torch import Tensor
+
     from ssmkit.ops import cumulative
     from ssmkit.testing import cumulative_inputs
+
     from . import Bench, register
 
-    def torch_cumsum(x):                                 # a rival takes the op's own keyword inputs
+    def torch_cumsum(x: Tensor) -> Tensor:               # a rival takes the op's own keyword inputs
         return torch.cumsum(x, dim=1)
 
     register(Bench(
         op=cumulative,
-        inputs=cumulative_inputs,                        # (batch, seqlen, dim, *, dtype, device) -> dict of keywords
-        shapes={"130M model, 1024 tokens": {"batch": 1, "seqlen": 1024, "dim": 768}},
-        fixed={"requires_grad": False},                  # further keywords of `inputs`, the same for every shape
+        inputs=cumulative_inputs,                        # called with sizes, `fixed`, dtype and device
+        shapes={"Mamba-130M, 1024 tokens": {"batch": 1, "seqlen": 1024, "dim": 768}},
+        fixed={"requires_grad": False},
         bytes_moved=lambda batch, seqlen, dim, dtype: 2 * batch * seqlen * dim * dtype.itemsize,
         rivals={"torch.cumsum": torch_cumsum},
     ))
+
+A rival that needs setting up, declines some shapes or has no backward is a `Rival`.
 """
 
 import importlib
@@ -44,10 +50,16 @@ class Prepared:
     Args:
         call: Takes nothing, returns the output tensor or a tuple whose first item it is.
         leaves: By the reference's input names; the inputs themselves where a call reads them directly.
+        finish: Applied to the output before it is compared, not timed.
+        note: What a reader should know of this very call, the library's build for example.
+        held: Bytes that the set-up holds besides the inputs.
     """
 
     call: Callable[[], Any]
     leaves: Mapping[str, Tensor] | None = None
+    finish: Callable[[Tensor], Tensor] | None = None
+    note: str = ""
+    held: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,6 +141,10 @@ class Bench:
         adapter = self.rivals[name]
         return adapter if isinstance(adapter, Rival) else Rival(call=adapter)
 
+    def rivals_on(self, device: str) -> list[str]:
+        """Names of the rivals made for this device type."""
+        return [name for name in self.rivals if self.rival(name).device == device]
+
     def cases(self) -> Iterator[tuple[str, dict[str, Any]]]:
         """Each shape's label and sizes, the sweep's points last."""
         for label, sizes in self.shapes.items():
@@ -179,7 +195,9 @@ def names() -> list[str]:
     """Names of the benchmarks that can be run, from the files beside this one."""
     package = importlib.import_module(__package__)
     prefix = "bench_"
-    return sorted(m.name.removeprefix(prefix) for m in pkgutil.iter_modules(package.__path__) if m.name.startswith(prefix))
+    return sorted(
+        m.name.removeprefix(prefix) for m in pkgutil.iter_modules(package.__path__) if m.name.startswith(prefix)
+    )
 
 
 def find(name: str) -> Bench:
