@@ -158,8 +158,8 @@ class NinjaBuild(build_ext):
 
 
 setup(
-    packages=[*find_packages(include=["ssmkit", "ssmkit.*"]), "ssmkit.kernels"],
-    package_dir={"ssmkit": "ssmkit", "ssmkit.kernels": "kernels"},
+    packages=[*find_packages(include=["ssmkit", "ssmkit.*"]), "ssmkit.kernels", "ssmkit.benchmarks"],
+    package_dir={"ssmkit": "ssmkit", "ssmkit.kernels": "kernels", "ssmkit.benchmarks": "benchmarks"},
     ext_modules=[Extension("ssmkit.native._native", sources=[])] if wanted() else [],
     cmdclass={"build_ext": NinjaBuild},
 )
