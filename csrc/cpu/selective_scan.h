@@ -1,0 +1,58 @@
+// selective_scan: h = exp(dt A) h + dt B x,  y = C.h + D x,  y *= silu(z).
+//
+// A row is a token of the flattened (batch, seqlen); per-token tensors have one row stride, in elements, and dense rows.
+// Optional pointers may be null. `real` is float, or double when dtype is float64; `state` is that, or its complex type.
+#pragma once
+
+#include <cstdint>
+
+#include "common/dtype.h"
+#include "cpu/dispatch.h"
+
+namespace ssmkit {
+
+struct SelectiveScanParams {
+  DType dtype;            // of x, dt, z, y and (A real) of per-token B and C
+  bool complex_state;     // A, B, C and the states are complex
+  bool dt_softplus;
+  bool reverse;
+  int threads;
+  std::int64_t batch, seqlen, dim, dstate, nseq;
+  std::int64_t B_groups, C_groups;  // 0: constant (dim, dstate)
+
+  const void* x;    // (batch, seqlen, dim)
+  const void* dt;   // (batch, seqlen, dim)
+  const void* z;    // (batch, seqlen, dim)
+  const void* A;    // (dim, dstate)                      state
+  const void* B;    // (batch, seqlen, B_groups, dstate)  or (dim, dstate), state
+  const void* C;    // (batch, seqlen, C_groups, dstate)  or (dim, dstate), state
+  const void* D;        // (dim,)                         real
+  const void* dt_bias;  // (dim,)                         real
+  const void* initial_state;       // (nseq, dim, dstate) state
+  const std::int32_t* order;       // (seqlen,)
+  const std::uint8_t* flags;       // (batch, seqlen)     bit 0 restart, bit 1 pad
+  const std::int64_t* cu_seqlens;  // (nseq + 1,)
+  std::int64_t x_stride, dt_stride, z_stride, B_stride, C_stride;
+};
+
+struct SelectiveScanForward : SelectiveScanParams {
+  void* y;            // (batch, seqlen, dim)
+  void* final_state;  // (nseq, dim, dstate)   state
+  void* checkpoints;  // (slots, dstate, dim)  state; null: not kept
+};
+
+// Gradients have the layout of what they belong to, dense; those of parameters are `real` or `state`.
+struct SelectiveScanBackward : SelectiveScanParams {
+  const void* checkpoints;   // (slots, dstate, dim)
+  const void* dy;            // (batch, seqlen, dim)
+  const void* dfinal_state;  // (nseq, dim, dstate)
+  std::int64_t dy_stride;
+  void *dx, *ddt, *dz;                    // dz null where z is
+  void *dA, *dB, *dC, *dD, *ddt_bias;     // dD, ddt_bias null where D, dt_bias are
+  void* dinitial_state;                   // null where initial_state is
+};
+
+}  // namespace ssmkit
+
+SSMKIT_CPU_ENTRY(void, selective_scan_forward, (const SelectiveScanForward&))
+SSMKIT_CPU_ENTRY(void, selective_scan_backward, (const SelectiveScanBackward&))

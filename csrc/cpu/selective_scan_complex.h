@@ -1,0 +1,3 @@
+#pragma once
+#include "cpu/selective_scan_plan.h"
+namespace ssmkit::SSMKIT_CAPABILITY { namespace { inline void complex_forward(const SelectiveScanForward&) {} } }
