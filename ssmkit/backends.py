@@ -35,14 +35,20 @@ class BackendError(NotImplementedError):
     """No backend takes the call; the message lists each with its reason."""
 
 
+@torch.compiler.assume_constant_result
 def interpreting() -> bool:
     """Whether Triton kernels run on the CPU through Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-@cache
+@torch.compiler.assume_constant_result
 def unusable(name: str, module: str) -> str | None:
     """Why backend `name` cannot run on this machine whatever the call, with the remedy; None if it can."""
+    return _unusable(name, module)
+
+
+@cache
+def _unusable(name: str, module: str) -> str | None:
     if name == "triton":
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed; pip install triton"

@@ -11,6 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# dtype.to_complex and .to_real, which torch.compile cannot trace
+COMPLEX_OF = {torch.float32: torch.complex64, torch.float64: torch.complex128}
+REAL_OF = {wide: real for real, wide in COMPLEX_OF.items()}
+
 LIBRARY = torch.library.Library("ssmkit", "FRAGMENT")
 
 

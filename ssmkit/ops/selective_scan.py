@@ -27,7 +27,7 @@ from ssmkit.ops._check import (
     check_shape,
     check_sizes,
 )
-from ssmkit.ops._define import absent, acc_dtype, define, flat_rows, gradients, present
+from ssmkit.ops._define import COMPLEX_OF, REAL_OF, absent, acc_dtype, define, flat_rows, gradients, present
 from ssmkit.paths import ScanPath
 
 CHECKPOINT_EVERY = 64  # tokens between the states that backward starts from
@@ -112,7 +112,7 @@ def selective_scan(
     """
     check(x, dt, A, B, C, D, z, dt_bias, initial_state, resets, mask, cu_seqlens, path)
     acc = acc_dtype(x.dtype)
-    A = A.to(acc.to_complex() if A.is_complex() else acc)
+    A = A.to(COMPLEX_OF[acc] if A.is_complex() else acc)
     B, C = (_weights(weight, x, A) for weight in (B, C))
     D, dt_bias = (None if vector is None else vector.to(acc) for vector in (D, dt_bias))
     initial_state = None if initial_state is None else initial_state.to(A.dtype)
@@ -160,7 +160,7 @@ def check(
     # Parameters of lower precision are widened; a wider one would be narrowed, which is refused.
     wider = f"because x is {str(x.dtype).removeprefix('torch.')}"
     narrow = FLOATS if acc == torch.float64 else FLOATS[:3]
-    check_dtype("A", A, (*narrow, acc.to_complex(), torch.complex64), wider)
+    check_dtype("A", A, (*narrow, COMPLEX_OF[acc], torch.complex64), wider)
     for name, tensor in (("dt", dt), ("z", z)):
         if tensor is not None:
             check_shape(name, tensor, x.shape, "batch, seqlen, dim")
@@ -185,7 +185,7 @@ def check(
             raise ValueError("path orders the tokens of whole rows: give either path or cu_seqlens, not both")
     if initial_state is not None:
         check_shape("initial_state", initial_state, (nseq, dim, dstate), "nseq, dim, dstate")
-        kinds = (*narrow, acc.to_complex(), torch.complex64) if A.is_complex() else narrow
+        kinds = (*narrow, COMPLEX_OF[acc], torch.complex64) if A.is_complex() else narrow
         check_dtype("initial_state", initial_state, kinds, "like A")
     if path is not None and path.length != seqlen:
         raise ValueError(f"path must visit {seqlen} tokens like x, got {path.length}")
@@ -195,7 +195,7 @@ def _check_weights(name: str, weight: Tensor, x: Tensor, A: Tensor) -> None:
     batch, seqlen, dim = x.shape
     if weight.ndim == 2:
         check_shape(name, weight, A.shape, "dim, dstate")
-        kinds = (A.dtype, A.dtype.to_real()) if A.is_complex() else (A.dtype,)
+        kinds = (A.dtype, REAL_OF[A.dtype]) if A.is_complex() else (A.dtype,)
         check_dtype(name, weight, kinds, "like A, being constant")
         return
     if weight.ndim not in (3, 4):
