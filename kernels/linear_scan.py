@@ -11,7 +11,7 @@ A number is a tuple: (re,) or (re, im). Complex tensors come as their real view,
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 
 import torch
 import triton
@@ -287,11 +287,17 @@ def linear_scan_bwd_kernel(
             store(dinitial_ptr + sequence * width + c, dh, in_c, BLOCK_D, COMPLEX)
 
 
-# A program holds 2 x ROWS rows of 128 bytes in flight, 8 KB. Little's law asks for 20 to 40 KB per multiprocessor on
-# current devices (bandwidth x latency), so that many programs keep the memory busy.
-ROWS = 32
+# A program holds 2 x ROWS rows of 256 bytes in flight, 8 KB (half of that at 16 bits). Bandwidth x latency of current
+# devices asks for 20 to 40 KB per multiprocessor, which so many programs supply. More rows spill registers.
+ROWS = {"cuda": 16, "hip": 4}
 PROGRAMS_PER_MULTIPROCESSOR = 4
 MIN_SEGMENT = 128
+
+
+@cache
+def rows_at_once() -> int:
+    """Tokens that a program loads together on the active GPU."""
+    return ROWS[triton.runtime.driver.active.get_current_target().backend]
 
 
 def split_length(programs: int, seqlen: int, processors: int) -> int:
@@ -317,7 +323,7 @@ class Plan:
         if interpreted():
             rows, block = 8, min(1 << 12, triton.next_power_of_2(max(1, self.dim)))
         else:
-            rows, block = ROWS, 64 if b.itemsize == 2 else 32
+            rows, block = rows_at_once(), 32 if b.itemsize >= 8 else 64
         block = max(block, triton.next_power_of_2(triton.cdiv(self.dim, MAX_GRID_YZ)))
         blocks = max(1, triton.cdiv(self.dim, block))
         # Packed sequences share the tokens of one row, however many they are.
@@ -406,24 +412,22 @@ def backward(
 
 
 def shipped_configurations() -> Iterator[tuple[str, Callable[[], object]]]:
-    """Forward and backward for each dtype, a per token and constant, whole and split, plain and with everything."""
+    """Forward and backward of each dtype: a per token, plain and with all options; a constant, split, with all options."""
 
     def call(dtype: torch.dtype, constant_a: bool, seqlen: int, full: bool) -> None:
-        tensor = partial(torch.empty, device="meta")
-        b = tensor(1, seqlen, 256, dtype=dtype)
+        tensor, dim = partial(torch.empty, device="meta"), 32
+        b = tensor(1, seqlen, dim, dtype=dtype)
         plan = Plan(b, None)
-        a = tensor(256, dtype=plan.acc) if constant_a else b
-        state = tensor(1, 256, dtype=plan.acc) if full else None
+        a = tensor(dim, dtype=plan.acc) if constant_a else b
+        state = tensor(1, dim, dtype=plan.acc) if full else None
         flags = tensor(1, seqlen, dtype=torch.uint8) if full else None
         h, _, states = forward(a, b, state, flags, None, full, True)
         backward(h, state, a, states if states.numel() else h, state, flags, None, full)
 
     for dtype in (torch.float32, torch.bfloat16, torch.complex64):
-        for constant_a in (False, True):
-            for seqlen in (64, 65536):
-                for full in (False, True):
-                    label = (
-                        f"{str(dtype).removeprefix('torch.')}, a {'constant' if constant_a else 'per token'}, "
-                        f"{seqlen} tokens{', states, flags, reverse' if full else ''}"
-                    )
-                    yield label, partial(call, dtype, constant_a, seqlen, full)
+        for constant_a, seqlen, full in ((False, 64, False), (False, 64, True), (True, 65536, True)):
+            label = (
+                f"{str(dtype).removeprefix('torch.')}, a {'constant' if constant_a else 'per token'}, "
+                f"{seqlen} tokens{', states, flags, reverse' if full else ''}"
+            )
+            yield label, partial(call, dtype, constant_a, seqlen, full)
