@@ -34,19 +34,20 @@ def check_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype], why: 
         )
 
 
-def check_device(like: Tensor, **tensors: Tensor | None) -> None:
-    """Every tensor given must lie on the device of `like`."""
+def check_device(like: Tensor, like_name: str = "x", /, **tensors: Tensor | None) -> None:
+    """Every tensor given must lie on the device of `like`, which the message calls `like_name`."""
     for name, tensor in tensors.items():
         if tensor is not None and tensor.device != like.device:
             raise ValueError(
-                f"{name} must be on {like.device} like x, got {tensor.device}; move it with {name}.to({str(like.device)!r})"
+                f"{name} must be on {like.device} like {like_name}, got {tensor.device}; "
+                f"move it with {name}.to({str(like.device)!r})"
             )
 
 
-def check_sizes(like: Tensor) -> None:
+def check_sizes(like: Tensor, name: str = "x") -> None:
     """Every axis that the kernels walk in 32 bits must fit; the product may be larger."""
     if any(isinstance(size, int) and size >= 2**31 for size in like.shape):
-        raise ValueError(f"each axis of x must be shorter than 2**31, got {tuple(like.shape)}")
+        raise ValueError(f"each axis of {name} must be shorter than 2**31, got {tuple(like.shape)}")
 
 
 def check_flag(name: str, tensor: Tensor | None, batch: int, seqlen: int) -> None:
@@ -57,7 +58,7 @@ def check_flag(name: str, tensor: Tensor | None, batch: int, seqlen: int) -> Non
     check_dtype(name, tensor, (torch.bool,))
 
 
-def check_cu_seqlens(cu_seqlens: Tensor, batch: int, seqlen: int) -> None:
+def check_cu_seqlens(cu_seqlens: Tensor, batch: int, seqlen: int, name: str = "x") -> None:
     """Offsets of packed sequences: start at 0, never descend, end at seqlen; batch is 1.
 
     Values are read once for each tensor (a tensor on a GPU is waited for then) and not at all while compiling.
@@ -66,7 +67,7 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, seqlen: int) -> None:
     check_dtype("cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
     if batch != 1:
         raise ValueError(
-            f"cu_seqlens packs sequences into one row: x must have batch 1, got {batch}; flatten the batch"
+            f"cu_seqlens packs sequences into one row: {name} must have batch 1, got {batch}; flatten the batch"
         )
     if cu_seqlens.shape[0] < 1:
         raise ValueError("cu_seqlens must have at least one entry, got none")
