@@ -19,6 +19,7 @@ from ssmkit.testing import selective_scan_inputs
 
 from . import Absent, Bench, Prepared, Rival, ggml, register
 
+VLLM_SCAN = "vllm.model_executor.layers.mamba.ops.selective_scan_triton"
 CHUNK = 256  # tokens of the reference between two checkpoints
 
 
@@ -67,12 +68,18 @@ class Scan(NamedTuple):
 
 
 Adapter = Callable[[Scan], Tensor]
+# Each rival below imports what it needs when called, and returns its adapter.
+Import = Callable[[], Adapter]
 
 
-def mamba_ssm_reference(scan: Scan) -> Tensor:
-    x, dt, B, C = scan.channels_first()
+def mamba_ssm_reference() -> Adapter:
     reference = mamba_ssm_interface().selective_scan_ref
-    return reference(x, dt, scan.A, B, C, scan.D, None, scan.dt_bias, scan.dt_softplus).transpose(1, 2)
+
+    def call(s: Scan) -> Tensor:
+        x, dt, B, C = s.channels_first()
+        return reference(x, dt, s.A, B, C, s.D, None, s.dt_bias, s.dt_softplus).transpose(1, 2)
+
+    return call
 
 
 @cache
@@ -92,65 +99,123 @@ def mamba_ssm_interface() -> ModuleType:
     return importlib.import_module("mamba_ssm.ops.selective_scan_interface")
 
 
-def mambapy_pscan(scan: Scan) -> Tensor:
-    from mambapy.pscan import pscan
+def mambapy_pscan() -> Adapter:
+    pscan = importlib.import_module("mambapy.pscan").pscan
+    return lambda s: s.output(pscan(*s.discretised()))
 
-    return scan.output(pscan(*scan.discretised()))
 
-
-def transformers_scan(**options: bool) -> Adapter:
+def transformers_scan(**options: bool) -> Import:
     """The scan of transformers' MambaMixer on the path that `options` choose."""
 
-    def scan_(scan: Scan) -> Tensor:
-        from transformers.models.mamba.modeling_mamba import mamba_selective_scan
+    def load() -> Adapter:
+        scan = importlib.import_module("transformers.models.mamba.modeling_mamba").mamba_selective_scan
 
-        x, dt, B, C = scan.channels_first()
-        bias = {"delta_bias": scan.dt_bias, "delta_softplus": scan.dt_softplus}
-        return mamba_selective_scan(x, dt, scan.A, B, C, scan.D, **bias, **options).transpose(1, 2)
+        def call(s: Scan) -> Tensor:
+            x, dt, B, C = s.channels_first()
+            bias = {"delta_bias": s.dt_bias, "delta_softplus": s.dt_softplus}
+            return scan(x, dt, s.A, B, C, s.D, **bias, **options).transpose(1, 2)
 
-    return scan_
+        return call
+
+    return load
 
 
-def associative_scan(scan: Scan) -> Tensor:
-    from torch._higher_order_ops.associative_scan import associative_scan
+def associative_scan() -> Adapter:
+    scan = importlib.import_module("torch._higher_order_ops.associative_scan").associative_scan
 
     def combine(left: tuple[Tensor, Tensor], right: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         return left[0] * right[0], right[0] * left[1] + right[1]
 
-    _, h = associative_scan(combine, scan.discretised(), dim=1, combine_mode="generic")
-    return scan.output(h)
+    return lambda s: s.output(scan(combine, s.discretised(), dim=1, combine_mode="generic")[1])
 
 
-def eager(adapter: Adapter, **options: Any) -> Rival:
-    return Rival(call=lambda **inputs: adapter(Scan(**inputs)), **options)
-
-
-def compiled(adapter: Adapter, **options: Any) -> Rival:
-    """Through torch.compile, each shape and mode compiled anew."""
-
+def eager(load: Import, **options: Any) -> Rival:
     def prepare(inputs: dict[str, Any]) -> Prepared:
-        torch._dynamo.reset()
-        call = torch.compile(adapter, dynamic=False)
+        call = load()
         return Prepared(lambda: call(Scan(**inputs)))
 
     return Rival(prepare=prepare, **options)
 
 
-def cuda_kernel(module: str, function: str) -> Rival:
-    """A kernel called as mamba_ssm's: (u, delta, A, B, C, D, delta_bias=, delta_softplus=), sequences contiguous."""
+def compiled(load: Import, **options: Any) -> Rival:
+    """Through torch.compile, each shape and mode compiled anew."""
 
     def prepare(inputs: dict[str, Any]) -> Prepared:
-        kernel = getattr(importlib.import_module(module), function)
+        torch._dynamo.reset()
+        call = torch.compile(load(), dynamic=False)
+        return Prepared(lambda: call(Scan(**inputs)))
 
-        def call() -> Tensor:
-            scan = Scan(**inputs)
-            x, dt, B, C = (t.contiguous() for t in scan.channels_first())
-            y = kernel(x, dt, scan.A, B, C, scan.D, delta_bias=scan.dt_bias, delta_softplus=scan.dt_softplus)
-            return y.transpose(1, 2)
+    return Rival(prepare=prepare, **options)
 
-        return Prepared(call)
 
-    return Rival(prepare=prepare, device="cuda")
+def sequences_contiguous(load: Import, **options: Any) -> Rival:
+    """For GPU kernels that walk along memory: the Scan's tensors are laid out (batch, channels, seqlen) beforehand."""
+
+    def prepare(inputs: dict[str, Any]) -> Prepared:
+        call = load()
+        tokens = dict(zip(("x", "dt", "B", "C"), Scan(**inputs).channels_first(), strict=True))
+        laid = {name: t.detach().contiguous().requires_grad_(t.requires_grad) for name, t in tokens.items()}
+        scan = Scan(**{**inputs, **laid})
+
+        def finish(results: dict[str, Tensor]) -> dict[str, Tensor]:
+            ours = dict(results)
+            for name in {"y", "dx", "ddt", "dB", "dC"} & results.keys():
+                ours[name] = results[name].transpose(1, 2)
+            for name in {"dB", "dC"} & results.keys():
+                ours[name] = ours[name].unsqueeze(2)
+            return ours
+
+        return Prepared(lambda: call(scan), leaves={**inputs, **laid}, finish=finish)
+
+    return Rival(prepare=prepare, device="cuda", **options)
+
+
+def mamba_ssm_cuda() -> Adapter:
+    selective_scan_fn = importlib.import_module("mamba_ssm.ops.selective_scan_interface").selective_scan_fn
+
+    def call(s: Scan) -> Tensor:
+        return selective_scan_fn(s.x, s.dt, s.A, s.B, s.C, s.D, None, s.dt_bias, s.dt_softplus)
+
+    return call
+
+
+def vmamba_cuda() -> Adapter:
+    extension = importlib.import_module("selective_scan_cuda_oflex")
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, softplus: bool, *tensors: Tensor) -> Tensor:
+            x, dt, A, B, C, D, bias = tensors
+            y, states, *_ = extension.fwd(x, dt, A, B[:, None], C[:, None], D, bias, softplus, 1, True)
+            ctx.softplus = softplus
+            ctx.save_for_backward(*tensors, states)
+            return y
+
+        @staticmethod
+        def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+            x, dt, A, B, C, D, bias, states = ctx.saved_tensors
+            inputs = (x, dt, A, B[:, None], C[:, None], D, bias, dy.contiguous(), states)
+            dx, ddt, dA, dB, dC, dD, dbias, *_ = extension.bwd(*inputs, ctx.softplus, 1)
+            return None, dx, ddt, dA, dB[:, 0], dC[:, 0], dD, dbias
+
+    def call(s: Scan) -> Tensor:
+        return Function.apply(s.dt_softplus, s.x, s.dt, s.A, s.B, s.C, s.D, s.dt_bias)
+
+    return call
+
+
+def vllm_triton() -> Adapter:
+    selective_scan = importlib.import_module(VLLM_SCAN).selective_scan_fwd_triton
+
+    def call(s: Scan) -> Tensor:
+        # It writes y over dt.
+        y, state = s.dt.clone(), s.x.new_zeros(s.x.shape[0], *s.A.shape, dtype=torch.float32)
+        selective_scan(
+            s.x, y, s.A, s.B[:, None], s.C[:, None], s.D, None, s.dt_bias, s.dt_softplus, None, None, None, state, -1
+        )
+        return y
+
+    return call
 
 
 def loop_declines(seqlen: int, mode: str) -> str | None:
@@ -166,7 +231,7 @@ def ggml_scan(inputs: dict[str, Any]) -> Prepared:
     if not inputs["dt_softplus"]:
         raise Absent("ssm_scan always applies softplus")
     scan = ggml.selective_scan(x, dt, inputs["A"], inputs["B"], inputs["C"], threads=torch.get_num_threads())
-    return replace(scan, finish=lambda y: y + D * x)
+    return replace(scan, finish=lambda results: {"y": results["y"] + D * x})
 
 
 def states(batch: int, seqlen: int, dim: int, dstate: int, mode: str) -> float:
@@ -210,8 +275,9 @@ register(
             "transformers associative_scan, compiled": compiled(transformers_scan(use_associative_scan=True)),
             "torch associative_scan, compiled": compiled(associative_scan),
             "ggml ssm_scan": Rival(prepare=ggml_scan, modes=("fwd",), note="bias and D outside the timing"),
-            "mamba_ssm CUDA": cuda_kernel("mamba_ssm.ops.selective_scan_interface", "selective_scan_fn"),
-            "VMamba CUDA": cuda_kernel("selective_scan_cuda_oflex", "selective_scan_fn"),
+            "mamba_ssm CUDA": sequences_contiguous(mamba_ssm_cuda),
+            "VMamba CUDA": sequences_contiguous(vmamba_cuda),
+            "vLLM Triton": sequences_contiguous(vllm_triton, modes=("fwd",), note="a copy of dt in the timing"),
         },
     )
 )

@@ -126,9 +126,7 @@ class Candidate:
         if self.spec.candidate == OURS:
             self.notes += [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
         named = dict(zip(["y", *(f"d{name}" for name in self.names)], results, strict=True))
-        if self.prepared.finish is not None:
-            named["y"] = self.prepared.finish(named["y"])
-        return named
+        return named if self.prepared.finish is None else self.prepared.finish(named)
 
     def save_expected(self, path: Path) -> None:
         """Write the reference's results for the candidates to be checked against."""

@@ -50,14 +50,14 @@ class Prepared:
     Args:
         call: Takes nothing, returns the output tensor or a tuple whose first item it is.
         leaves: By the reference's input names; the inputs themselves where a call reads them directly.
-        finish: Applied to the output before it is compared, not timed.
+        finish: Turns the results ("y", and "d" + name for each gradient) into ours before they are compared; not timed.
         note: What a reader should know of this very call, the library's build for example.
         held: Bytes that the set-up holds besides the inputs.
     """
 
     call: Callable[[], Any]
     leaves: Mapping[str, Tensor] | None = None
-    finish: Callable[[Tensor], Tensor] | None = None
+    finish: Callable[[dict[str, Tensor]], dict[str, Tensor]] | None = None
     note: str = ""
     held: int = 0
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -66,18 +67,24 @@ class Worker:
         if not line:
             code = self.process.wait()
             raise Unmeasured("failed", f"its process ended with status {code} during {command} (out of memory?)")
-        answer = json.loads(line)
-        if "status" in answer:
-            raise Unmeasured(answer["status"], answer["reason"])
-        return answer["answer"]
+        return answer_of(json.loads(line))
 
     def close(self) -> None:
         """End the process."""
         self.process.kill()
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                pipe.close()
+            # What was still to be written to a process that has ended cannot be.
+            with suppress(BrokenPipeError):
+                if pipe is not None:
+                    pipe.close()
+
+
+def answer_of(reply: dict[str, Any]) -> Any:
+    """The answer that a child's reply holds; `Unmeasured` where it holds a reason instead."""
+    if "status" in reply:
+        raise Unmeasured(reply["status"], reply["reason"])
+    return reply["answer"]
 
 
 class Server:
@@ -93,8 +100,9 @@ class Server:
 
     def release(self) -> None:
         """Let the candidate's memory go."""
-        self.candidate = None
-        gc.collect()
+        if self.candidate is not None:
+            self.candidate = None
+            gc.collect()
 
     def save_expected(self, path: str) -> None:
         """Write the results for others to be checked against."""
