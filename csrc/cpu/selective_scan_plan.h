@@ -132,6 +132,13 @@ SSMKIT_INLINE void widen(acc_t<In>* to, const In* from, std::int64_t count) {
   if (i < count) store(to + i, load(from + i, static_cast<int>(count - i)), static_cast<int>(count - i));
 }
 template <typename In>
+SSMKIT_INLINE void narrow(In* to, const acc_t<In>* from, std::int64_t count) {
+  constexpr int V = Vec<acc_t<In>>::size;
+  std::int64_t i = 0;
+  for (; i + V <= count; i += V) store(to + i, load(from + i));
+  if (i < count) store(to + i, load(from + i, static_cast<int>(count - i)), static_cast<int>(count - i));
+}
+template <typename In>
 SSMKIT_INLINE void zero_lanes(In* p, int lanes) {
   std::memset(static_cast<void*>(p), 0, static_cast<std::size_t>(lanes) * sizeof(In));
 }

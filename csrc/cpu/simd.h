@@ -150,6 +150,54 @@ SSMKIT_INLINE T sum(Vec<T> a) {
   return lane[0];
 }
 
+// The sums of as many vectors as there are lanes, vector i at p + i * stride, in lane i.
+template <typename T>
+SSMKIT_INLINE Vec<T> sum_rows(const T* p, std::int64_t stride) {
+  Vec<T> result;
+  for (int i = 0; i < Vec<T>::size; ++i) {
+    Vec<T> row;
+    std::memcpy(&row.v, p + i * stride, kVectorBytes);
+    result.v[i] = sum(row);
+  }
+  return result;
+}
+#if defined(__AVX512F__)
+template <>
+SSMKIT_INLINE Vec<float> sum_rows(const float* p, std::int64_t stride) {
+  // fours of rows to sums per quarter, then the quarters to one vector
+  __m512 quarter[4];
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    const float* row = p + 4 * i * stride;
+    const __m512 a = _mm512_loadu_ps(row), b = _mm512_loadu_ps(row + stride);
+    const __m512 c = _mm512_loadu_ps(row + 2 * stride), d = _mm512_loadu_ps(row + 3 * stride);
+    const __m512 ab = _mm512_maskz_unpacklo_ps(0xffff, a, b) + _mm512_maskz_unpackhi_ps(0xffff, a, b);
+    const __m512 cd = _mm512_maskz_unpacklo_ps(0xffff, c, d) + _mm512_maskz_unpackhi_ps(0xffff, c, d);
+    quarter[i] = _mm512_maskz_shuffle_ps(0xffff, ab, cd, 0x44) + _mm512_maskz_shuffle_ps(0xffff, ab, cd, 0xee);
+  }
+  const __m512 low = _mm512_maskz_shuffle_f32x4(0xffff, quarter[0], quarter[1], 0x44) +
+                     _mm512_maskz_shuffle_f32x4(0xffff, quarter[0], quarter[1], 0xee);
+  const __m512 high = _mm512_maskz_shuffle_f32x4(0xffff, quarter[2], quarter[3], 0x44) +
+                      _mm512_maskz_shuffle_f32x4(0xffff, quarter[2], quarter[3], 0xee);
+  return _mm512_maskz_shuffle_f32x4(0xffff, low, high, 0x88) + _mm512_maskz_shuffle_f32x4(0xffff, low, high, 0xdd);
+}
+#elif defined(__AVX2__)
+template <>
+SSMKIT_INLINE Vec<float> sum_rows(const float* p, std::int64_t stride) {
+  __m256 half[2];
+#pragma GCC unroll 2
+  for (int i = 0; i < 2; ++i) {
+    const float* row = p + 4 * i * stride;
+    const __m256 a = _mm256_loadu_ps(row), b = _mm256_loadu_ps(row + stride);
+    const __m256 c = _mm256_loadu_ps(row + 2 * stride), d = _mm256_loadu_ps(row + 3 * stride);
+    const __m256 ab = _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b);
+    const __m256 cd = _mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d);
+    half[i] = _mm256_shuffle_ps(ab, cd, 0x44) + _mm256_shuffle_ps(ab, cd, 0xee);
+  }
+  return _mm256_permute2f128_ps(half[0], half[1], 0x20) + _mm256_permute2f128_ps(half[0], half[1], 0x31);
+}
+#endif
+
 // ---- half precision -----------------------------------------------------------------------------------------------
 
 SSMKIT_INLINE float to_float(bfloat16 value) {
