@@ -139,7 +139,7 @@ class Candidate:
         for name, actual in self.results().items():
             if self.spec.candidate == OURS:
                 try:
-                    assert_close(name, actual, expected[name])
+                    assert_close(name, actual, expected[name], slack=self.bench.slack)
                 except AssertionError as wrong:
                     raise Wrong(str(wrong)) from None
             errors[name] = error = rms_error(actual, expected[name])

@@ -115,7 +115,11 @@ def listing() -> list[str]:
     """Every benchmark with its shapes and rivals."""
     lines = []
     for name in names():
-        bench = find(name)
+        try:
+            bench = find(name)
+        except ImportError as reason:
+            lines.append(f"{name}: not to be had here ({reason})")
+            continue
         lines.append(name)
         for label, sizes in bench.cases():
             lines.append(f"  {label}: " + ", ".join(f"{size} {value}" for size, value in sizes.items()))

@@ -1,10 +1,12 @@
 """The machine: what it is, and how fast it copies, multiplies and exponentiates at best, measured where asked."""
 
+import math
 import os
 import platform
 import re
 import subprocess
 import time
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,11 +17,11 @@ LIBRARIES = ("torch", "triton", "numpy", "transformers", "mambapy", "mamba_ssm",
 
 
 def measure_limits(threads: int, device: str = "cpu") -> dict[str, float]:
-    """Best rates per second now: `copy` in bytes read plus written, `exp` and `fma` in fp32 elements.
+    """Best rates per second now: `copy` and `read` in bytes (copied ones twice), `exp` and `fma` in fp32 elements.
 
     On the CPU the latter two come from the compiled library, at its SIMD capability; without it they are left out.
     """
-    rates = {"copy": copy_rate(device)}
+    rates = {"copy": copy_rate(device), "read": read_rate(device)}
     if device == "cpu":
         from ssmkit import native
 
@@ -34,30 +36,34 @@ def measure_limits(threads: int, device: str = "cpu") -> dict[str, float]:
 
 def copy_rate(device: str, repeats: int = 4) -> float:
     """Bytes per second, read and written together, of a copy far larger than the caches."""
-    size = 2**24 if device == "cpu" else 2**28
-    source = torch.ones(size, device=device)
+    source = torch.ones(2**24 if device == "cpu" else 2**28, device=device)
     target = torch.empty_like(source)
-    best = 0.0
+    return 2 * source.nbytes / _best(lambda: target.copy_(source), repeats, device)
+
+
+def read_rate(device: str, repeats: int = 4) -> float:
+    """Bytes per second of a matrix far larger than the caches, read once for a product with a vector."""
+    matrix = torch.ones(2**14, 2**11 if device == "cpu" else 2**14, device=device)
+    vector = torch.ones(matrix.shape[1], device=device)
+    return matrix.nbytes / _best(lambda: torch.mv(matrix, vector), repeats, device)
+
+
+def _best(call: Callable[[], object], repeats: int, device: str) -> float:
+    """Seconds of the fastest call."""
+    best = math.inf
     for _ in range(repeats):
         _synchronize(device)
         start = time.perf_counter()
-        target.copy_(source)
+        call()
         _synchronize(device)
-        best = max(best, 2 * source.numel() * source.element_size() / (time.perf_counter() - start))
+        best = min(best, time.perf_counter() - start)
     return best
 
 
 def matmul_rate(device: str, size: int = 4096, repeats: int = 4) -> float:
     """Multiply-adds per second of a large fp32 product."""
     a = torch.ones(size, size, device=device)
-    best = 0.0
-    for _ in range(repeats):
-        _synchronize(device)
-        start = time.perf_counter()
-        a @ a
-        _synchronize(device)
-        best = max(best, size**3 / (time.perf_counter() - start))
-    return best
+    return size**3 / _best(lambda: a @ a, repeats, device)
 
 
 def _synchronize(device: str) -> None:
@@ -78,8 +84,11 @@ def seconds_at_best(cost: dict[str, float], rates: dict[str, float]) -> Bound | 
     Exponentials and multiply-adds compete for the same pipes and add up; moving bytes overlaps with both.
     """
     bounds = []
-    if cost.get("bytes_moved") and rates.get("copy"):
-        bounds.append(Bound(cost["bytes_moved"] / rates["copy"], "memory"))
+    memory = sum(
+        cost[kind] / rates[rate] for kind, rate in (("bytes_moved", "copy"), ("bytes_read", "read")) if cost.get(kind)
+    )
+    if memory:
+        bounds.append(Bound(memory, "memory"))
     if any(cost.get(kind + "s") and not rates.get(kind) for kind in ("exp", "fma")):
         # Part of the arithmetic has no measured rate: a bound from the rest would flatter.
         return None

@@ -105,9 +105,11 @@ class Bench:
         shapes: Label (say which model the shape comes from) -> sizes.
         sweep: Instead of or besides shapes: one size and its values, the others taken from `fixed`.
         fixed: Further keywords of `inputs`, the same everywhere.
-        bytes_moved, exps, fmas: What one call costs at best: bytes to and from memory, exponentials, multiply-adds.
-            Each is called with those of its parameters among the sizes, `dtype` and `mode` ("fwd" or "fwdbwd").
+        bytes_moved, bytes_read, exps, fmas: What one call costs at best: bytes read and written; bytes only read, of which
+            there may be far more (weights); exponentials; multiply-adds. Each is called with those of its parameters
+            among the sizes, `dtype` and `mode` ("fwd" or "fwdbwd").
         rivals: Name -> adapter. An import error, or `Absent`, in an adapter reports the rival as absent.
+        slack: Multiplies the bounds of the tests that our own op is held to; say why beside it.
         reference: The float64 truth, called as the op is; by default the op with `backend="reference"`.
         gradients: Names of the inputs to differentiate; by default every floating-point tensor.
         modes: "fwd" alone for an op without gradients.
@@ -120,9 +122,11 @@ class Bench:
     sweep: tuple[str, Sequence[int]] | None = None
     fixed: Mapping[str, Any] = field(default_factory=dict)
     bytes_moved: Callable[..., float] | None = None
+    bytes_read: Callable[..., float] | None = None
     exps: Callable[..., float] | None = None
     fmas: Callable[..., float] | None = None
     rivals: Mapping[str, Callable[..., Any] | Rival] = field(default_factory=dict)
+    slack: float = 1.0
     reference: Callable[..., Any] | None = None
     gradients: tuple[str, ...] | None = None
     modes: tuple[str, ...] = MODES
@@ -160,9 +164,9 @@ class Bench:
         return {name: _detached(value) for name, value in self.inputs(**options).items()}
 
     def cost(self, sizes: Mapping[str, Any], dtype: torch.dtype, mode: str) -> dict[str, float]:
-        """The declared `bytes_moved`, `exps` and `fmas` of one call."""
+        """The declared `bytes_moved`, `bytes_read`, `exps` and `fmas` of one call."""
         facts = {**self.fixed, **sizes, "dtype": dtype, "mode": mode}
-        declared = {"bytes_moved": self.bytes_moved, "exps": self.exps, "fmas": self.fmas}
+        declared = {name: getattr(self, name) for name in ("bytes_moved", "bytes_read", "exps", "fmas")}
         return {name: float(sizes_of(count, facts)) for name, count in declared.items() if count is not None}
 
 

@@ -57,7 +57,7 @@ def row_of(cell: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, ...]:
         share = f"{limit['share']['median']:.0%}"
     else:
         share = f"{limit['seconds']['median'] / median:.1%}" if limit is not None and same else ""
-    moved = cell["cost"].get("bytes_moved")
+    moved = cell["cost"].get("bytes_moved", 0) + cell["cost"].get("bytes_read", 0)
     memory = row.get("memory")
     return (
         row["name"],

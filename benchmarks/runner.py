@@ -203,12 +203,14 @@ class Runner:
             rates.append(answer.pop("rates"))
             return answer
 
-        ours = window_of(base)
-        calls = timing.calibrate(ours, self.plan.window)
-        pairs = [timing.one_round(ours, calls, limits, 1) for _ in range(self.plan.rounds)]
-        best = [machine.seconds_at_best(cell["cost"], rate) for rate in rates]
+        plan, ours = self.plan, window_of(base)
+        calls = timing.calibrate(ours, plan.window)
+        every = timing.rounds_until_quiet(ours, calls, limits, 1, rounds=plan.rounds, patience=plan.patience)
+        counted = timing.chosen(every, plan.rounds)
+        pairs, rates = [every[i] for i in counted], [rates[i] for i in counted]
         cell["rates"] = {kind: Summary.of([rate[kind] for rate in rates]).plain() for kind in rates[0]}
-        known = [(bound, pair) for bound, pair in zip(best, pairs, strict=True) if bound is not None]
+        bounds = (machine.seconds_at_best(cell["cost"], rate) for rate in rates)
+        known = [(bound, pair) for bound, pair in zip(bounds, pairs, strict=True) if bound is not None]
         if known:
             cell["limit"] = {
                 "seconds": Summary.of([bound.seconds for bound, _ in known]).plain(),

@@ -106,7 +106,7 @@ def calibrate(side: Timed, window: float = WINDOW_S) -> int:
         calls = min(enough, calls * 8)
 
 
-def paired_rounds(
+def rounds_until_quiet(
     base: Timed,
     base_calls: int,
     other: Timed,
@@ -116,22 +116,29 @@ def paired_rounds(
     patience: int = 3,
     pause: Callable[[float], None] = time.sleep,
 ) -> list[Pair]:
-    """Alternate windows of both sides until `rounds` quiet pairs are had, at most `patience * rounds` pairs.
-
-    Returns the quiet ones; where they are too few, the `rounds` pairs under the least load.
-    """
+    """Alternate windows of both sides until `rounds` quiet pairs are had, at most `patience * rounds` pairs; all of them."""
     pairs: list[Pair] = []
     while sum(pair.quiet for pair in pairs) < rounds and len(pairs) < patience * rounds:
         pairs.append(one_round(base, base_calls, other, other_calls, pause))
         if not pairs[-1].quiet:
             pause(0.2)
-    return least_loaded(pairs, rounds)
+    return pairs
 
 
-def least_loaded(pairs: Sequence[Pair], rounds: int) -> list[Pair]:
-    """The quiet pairs, or if they are fewer than `rounds`, that many under the least load."""
-    quiet = [pair for pair in pairs if pair.quiet]
-    return quiet if len(quiet) >= rounds else sorted(pairs, key=lambda pair: (pair.foreign, pair.waited))[:rounds]
+def chosen(pairs: Sequence[Pair], rounds: int) -> list[int]:
+    """Which pairs count: the quiet ones, or if they are fewer than `rounds`, that many under the least load."""
+    quiet = [i for i, pair in enumerate(pairs) if pair.quiet]
+    if len(quiet) >= rounds:
+        return quiet
+    return sorted(sorted(range(len(pairs)), key=lambda i: (pairs[i].foreign, pairs[i].waited))[:rounds])
+
+
+def paired_rounds(
+    base: Timed, base_calls: int, other: Timed, other_calls: int, *, rounds: int, **options: Any
+) -> list[Pair]:
+    """The pairs that count of `rounds_until_quiet`."""
+    pairs = rounds_until_quiet(base, base_calls, other, other_calls, rounds=rounds, **options)
+    return [pairs[i] for i in chosen(pairs, rounds)]
 
 
 def one_round(

@@ -4,16 +4,17 @@ import itertools
 import json
 import statistics
 from dataclasses import asdict
+from typing import ClassVar
 
 import pytest
 import torch
+
+import ssmkit.ops
 from benchmarks import Absent, Bench, Rival, cli, document, machine, register, registry, report, timing
 from benchmarks.candidate import Candidate, Spec, Wrong, peak_of
 from benchmarks.runner import Plan, Runner
 from benchmarks.timing import Pair, Summary
 from benchmarks.worker import Server, Unmeasured, Worker, answer_of
-
-import ssmkit.ops
 from tests.benchmarks import toy
 
 MODULE = toy.__name__
@@ -23,7 +24,7 @@ SECONDS = {"ssmkit": 0.01}  # of one call, in windows that take no time; 0.02 fo
 class InProcess:
     """A worker without a process, whose windows take no time; it remembers what was asked of it."""
 
-    asked: list = []
+    asked: ClassVar[list] = []
 
     def __init__(self, environment):
         self.server = Server()
@@ -366,7 +367,11 @@ def test_help_teaches(capsys):
 def test_list_names_shapes_and_rivals(capsys):
     assert cli.main(["--list"]) == 0
     shown = capsys.readouterr().out
-    for part in ("selective_scan", "Mamba-130M, 1024 tokens: batch 1, seqlen 1024, dim 1536, dstate 16", "ggml ssm_scan"):
+    for part in (
+        "selective_scan",
+        "Mamba-130M, 1024 tokens: batch 1, seqlen 1024, dim 1536, dstate 16",
+        "ggml ssm_scan",
+    ):
         assert part in shown
 
 

@@ -3,6 +3,7 @@
 import os
 
 import torch
+
 from benchmarks import Absent, Bench, Prepared, Rival, register
 
 
