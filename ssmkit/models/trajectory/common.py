@@ -38,10 +38,14 @@ class TrajectoryModel(nn.Module):
     """What every trajectory model offers: `forward` over windows, and a stream where `streams` is True.
 
     `config` is the model's frozen dataclass; it has state_dim, action_dim, discrete_actions and context.
+    `learns_next_step` models are also trained to predict the next state and return; `released_masks_pads` says whether
+    the published code hides pads from the model.
     """
 
     config: Any
     streams = False
+    learns_next_step = False
+    released_masks_pads = False
 
     def forward(
         self, states: Tensor, actions: Tensor, returns: Tensor, timesteps: Tensor, mask: Tensor | None = None

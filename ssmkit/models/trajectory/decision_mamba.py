@@ -137,6 +137,7 @@ class DecisionMamba(TokenModel):
 
     time_before_norm = False
     streams = True
+    learns_next_step = True
 
     def __init__(self, config: DecisionMambaConfig) -> None:
         super().__init__(config.state_dim, config.action_dim, config.dim, config.max_timestep, config.embedding)

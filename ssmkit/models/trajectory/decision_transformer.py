@@ -96,14 +96,15 @@ class DecisionTransformer(TokenModel):
     """The model; parameter names are those of the released code."""
 
     time_before_norm = True
+    released_masks_pads = True
 
     def __init__(self, config: DecisionTransformerConfig) -> None:
         super().__init__(config.state_dim, config.action_dim, config.dim, config.max_timestep, "linear")
         self.config = config
         self.transformer = Transformer(config)
         # The published model has these two heads and does not train them.
-        self.predict_state = nn.Linear(config.dim, config.state_dim)
-        self.predict_return = nn.Linear(config.dim, 1)
+        self.predict_state = nn.Linear(config.dim, config.state_dim).requires_grad_(False)
+        self.predict_return = nn.Linear(config.dim, 1).requires_grad_(False)
         self.predict_action = action_head(config.dim, config.action_dim, bounded=not config.discrete_actions)
         init_gpt2(self.transformer)
 

@@ -1,0 +1,1 @@
+"""Training, evaluation and roll-outs. Modules are imported by name, since some need Lightning."""

@@ -1,0 +1,1 @@
+"""Subcommands of the `ssmkit` command: each module has `add_arguments` and `run`."""
