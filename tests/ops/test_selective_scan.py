@@ -23,6 +23,9 @@ SHAPES = {  # batch, seqlen, dim, dstate
     "one state, one channel": (2, 70, 1, 1),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+# Parameter gradients are sums over all tokens, of terms of both signs: their error is that of the terms, and the sum may be
+# several times smaller than they are.
+CANCELLATION = 8.0
 GOLDEN_NAMES = {"u": "x", "delta": "dt", "delta_bias": "dt_bias"}
 backends = pytest.mark.parametrize("backend", available("selective_scan"))
 every_backend = pytest.mark.parametrize("backend", available("selective_scan", reference=True))
@@ -44,8 +47,13 @@ def compare(inputs, backend, **options):
     expected = run(selective_scan, to_double(inputs), weights, return_final_state=True, backend="reference", **options)
     assert actual.keys() == expected.keys()
     for name in actual:
-        assert_close(name, actual[name], expected[name])
+        assert_close(name, actual[name], expected[name], slack=slack(name, inputs))
     return actual
+
+
+def slack(name, inputs):
+    """Of a result's bounds: CANCELLATION for the gradients of parameters, which have no token axis."""
+    return CANCELLATION if name.startswith("d") and inputs[name[1:]].ndim < 3 else 1.0
 
 
 @backends
@@ -156,7 +164,7 @@ def test_official_numbers(name, dtype, backend):
             worst = (actual[key].cpu() - expected[key]).abs().max() / scale
             assert worst <= 1e-10, f"{key}: {worst:.3g}"
         else:
-            assert_close(key, actual[key], expected[key])
+            assert_close(key, actual[key], expected[key], slack=slack(key, inputs))
 
 
 # Laws
