@@ -251,7 +251,7 @@ def load_episodes(path: str | Path) -> EpisodeSet:
     if not path.is_file():
         raise FileNotFoundError(f"no episode file at {path}; make one with `ssmkit record ENV --out {path}`")
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             missing = {*ARRAYS, "lengths", "metadata"} - set(archive.files)
             if missing:
                 raise EpisodeError(f"lacks {', '.join(sorted(missing))}; it is not an ssmkit episode file")

@@ -1,6 +1,7 @@
 """Minari data sets: read as episode sets, and written from them."""
 
 import importlib
+import warnings
 from typing import Any
 
 import numpy as np
@@ -91,17 +92,21 @@ def write_minari(data: EpisodeSet, dataset_id: str, *, author: str = "", descrip
             for bound, default in ((space.low, -np.inf), (space.high, np.inf))
         )
         action_space = spaces.Box(low, high, dtype=np.float32)
-    registered = data.metadata.env in import_gymnasium().registry
-    try:
-        return minari.create_dataset_from_buffers(
-            dataset_id=dataset_id,
-            buffer=buffers,
-            env=data.metadata.env if registered else None,
-            action_space=action_space,
-            observation_space=spaces.Box(-np.inf, np.inf, (data.observation_dim,), np.float32),
-            author={author} if author else None,
-            description=description or data.metadata.description,
-            data_format="hdf5",
-        )
-    except (ValueError, AssertionError) as error:
-        raise EpisodeError(f"Minari refused to write {dataset_id!r}: {error}") from error
+    known: dict[str, Any] = {"env": data.metadata.env} if data.metadata.env in import_gymnasium().registry else {}
+    if author:
+        known["author"] = author
+    with warnings.catch_warnings():
+        # Minari recommends fields that are not known here.
+        warnings.filterwarnings("ignore", message=".* is set to None|env_spec is None", category=UserWarning)
+        try:
+            return minari.create_dataset_from_buffers(
+                dataset_id=dataset_id,
+                buffer=buffers,
+                action_space=action_space,
+                observation_space=spaces.Box(-np.inf, np.inf, (data.observation_dim,), np.float32),
+                description=description or data.metadata.description,
+                data_format="hdf5",
+                **known,
+            )
+        except (ValueError, AssertionError) as error:
+            raise EpisodeError(f"Minari refused to write {dataset_id!r}: {error}") from error
