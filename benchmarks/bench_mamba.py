@@ -69,7 +69,7 @@ def mamba_ssm_layer(d_model: int) -> nn.Module:
 
 
 def loop_declines(seqlen: int, mode: str) -> str | None:
-    if mode == "fwdbwd" and seqlen > 1024:
+    if mode == "fwdbwd" and seqlen > 512:
         return f"its backward is quadratic in length; not run at {seqlen} tokens"
     return None
 

@@ -219,8 +219,8 @@ def vllm_triton() -> Adapter:
 
 
 def loop_declines(seqlen: int, mode: str) -> str | None:
-    """Each step's indexing gets a gradient of full size: minutes of backward at a few thousand tokens."""
-    if mode == "fwdbwd" and seqlen > 1024:
+    """Each step's indexing gets a gradient of full size: a quarter of a minute of backward at a thousand tokens."""
+    if mode == "fwdbwd" and seqlen > 512:
         return f"its backward is quadratic in length; not run at {seqlen} tokens"
     return None
 

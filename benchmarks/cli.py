@@ -75,31 +75,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget", type=float, default=10.0, metavar="SECONDS",
         help="a call that takes longer is run once and reported as an upper bound (default %(default)s)",
     )  # fmt: skip
+    parser.add_argument(
+        "--exclusive", action="store_true",
+        help="timed windows run under the real-time scheduler (root): on a machine in use, others wait meanwhile",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times")
     parser.add_argument("--file", action="store_true", help="keep the results under benchmarks/results, by machine")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Carry out the parsed command; the exit status is 1 where our own op failed or was wrong."""
+    """Carry out the parsed command; the exit status is 1 where our own op failed or was wrong.
+
+    Raises:
+        ValueError: an unknown op, shape, rival, mode or allocator.
+    """
     if arguments.list:
         print("\n".join(listing()))
         return 0
     if arguments.op is None:
-        raise SystemExit("which op? " + ", ".join(names()))
-    try:
-        rivals = () if arguments.rivals == ("none",) else arguments.rivals
-        plan = Plan(
-            bench=arguments.op, modes=arguments.mode, dtypes=arguments.dtype, threads=arguments.threads,
-            device=arguments.device, backend=arguments.backend, capabilities=arguments.capability,
-            allocator=arguments.allocator, shapes=tuple(arguments.shape), rivals=rivals,
-            rounds=3 if arguments.quick else arguments.rounds, window=WINDOW_S / 5 if arguments.quick else WINDOW_S,
-            budget=arguments.budget, patience=arguments.patience,
-        )  # fmt: skip
-        runner = Runner(plan, say=lambda line: print(line, file=sys.stderr, flush=True))
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    results = runner.run()
+        raise ValueError("which op? " + ", ".join(names()))
+    if arguments.file and not document.in_checkout():
+        raise ValueError("--file keeps results in a checkout of the sources; here, name a file with --json")
+    plan = Plan(
+        bench=arguments.op, modes=arguments.mode, dtypes=arguments.dtype, threads=arguments.threads,
+        device=arguments.device, backend=arguments.backend, capabilities=arguments.capability,
+        allocator=arguments.allocator, shapes=tuple(arguments.shape),
+        rivals=() if arguments.rivals == ("none",) else arguments.rivals,
+        rounds=3 if arguments.quick else arguments.rounds, window=WINDOW_S / 5 if arguments.quick else WINDOW_S,
+        budget=arguments.budget, patience=arguments.patience, exclusive=arguments.exclusive,
+    )  # fmt: skip
+    results = Runner(plan, say=lambda line: print(line, file=sys.stderr, flush=True)).run()
     print(report.text(results))
     if arguments.json:
         report.write_json(results, arguments.json)
@@ -131,4 +137,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`python -m benchmarks`."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
     add_arguments(parser)
-    return run(parser.parse_args(argv))
+    try:
+        return run(parser.parse_args(argv))
+    except ValueError as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
+        return 2

@@ -25,6 +25,11 @@ is an upper bound that no implementation need be able to reach.
 """
 
 
+def in_checkout() -> bool:
+    """Whether this is the source tree, with a place for results, and not an installed package."""
+    return (ROOT.parent / "pyproject.toml").is_file()
+
+
 def load(folder: Path = RESULTS) -> Iterator[dict[str, Any]]:
     """Every result on file, by machine and name."""
     for path in sorted(folder.glob("*/*.json")):

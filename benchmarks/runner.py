@@ -35,6 +35,7 @@ class Plan:
 
     Args:
         capabilities: SIMD levels; the first is the one compared with the rivals, the others with the first.
+        exclusive: Keep other programs off the CPUs in use during windows.
         budget: Seconds after which a call is not repeated: its one run is reported as such.
     """
 
@@ -52,6 +53,7 @@ class Plan:
     window: float = timing.WINDOW_S
     budget: float = 10.0
     patience: int = 3
+    exclusive: bool = False
 
     def __post_init__(self) -> None:
         if self.allocator not in ALLOCATORS:
@@ -199,11 +201,12 @@ class Runner:
         rates: list[dict[str, float]] = []
 
         def limits(calls: int) -> dict[str, float]:
-            answer = base.ask("limits", threads=spec.threads)
+            answer = base.ask("limits", threads=spec.threads, alone=self.plan.exclusive)
             rates.append(answer.pop("rates"))
             return answer
 
-        plan, ours = self.plan, window_of(base)
+        plan = self.plan
+        ours = window_of(base, plan.exclusive)
         calls = timing.calibrate(ours, plan.window)
         every = timing.rounds_until_quiet(ours, calls, limits, 1, rounds=plan.rounds, patience=plan.patience)
         counted = timing.chosen(every, plan.rounds)
@@ -276,7 +279,8 @@ class Runner:
 
     def _rounds(self, base: Process, other: Process) -> list[Pair]:
         """Pairs of windows; a single one where the other's call exceeds the time budget."""
-        plan, ours, theirs = self.plan, window_of(base), window_of(other)
+        plan = self.plan
+        ours, theirs = window_of(base, plan.exclusive), window_of(other, plan.exclusive)
         calls = timing.calibrate(ours, plan.window)
         first = timing.one_round(ours, calls, theirs, 1)
         if first.other > plan.budget:
@@ -286,11 +290,11 @@ class Runner:
         )
 
 
-def window_of(process: Process) -> timing.Timed:
+def window_of(process: Process, alone: bool) -> timing.Timed:
     """A worker's windows, as the timing takes them."""
 
     def window(calls: int) -> dict[str, float]:
-        return process.ask("window", calls=calls)
+        return process.ask("window", calls=calls, alone=alone)
 
     return window
 

@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from .candidate import Candidate, Declined, Spec, Wrong, spent_by
+from .candidate import Candidate, Declined, Spec, Wrong, exclusive, spent_by
 from .machine import measure_limits
 from .registry import Absent
 
@@ -113,18 +113,19 @@ class Server:
         errors = self.held.check(Path(path))
         return {"errors": errors, "notes": self.held.notes}
 
-    def window(self, calls: int) -> dict[str, float]:
+    def window(self, calls: int, alone: bool) -> dict[str, float]:
         """Time some calls."""
-        return self.held.window(calls)
+        return self.held.window(calls, alone)
 
     def peak_memory(self) -> dict[str, int]:
         """Measure a call's memory."""
         return self.held.peak_memory()
 
-    def limits(self, threads: int) -> dict[str, Any]:
+    def limits(self, threads: int, alone: bool) -> dict[str, Any]:
         """Measure the machine's best rates."""
         rates: dict[str, float] = {}
-        spent = spent_by(lambda: rates.update(measure_limits(threads, self.held.spec.device)))
+        with exclusive(alone):
+            spent = spent_by(lambda: rates.update(measure_limits(threads, self.held.spec.device)))
         return {"rates": rates, **spent}
 
     @property

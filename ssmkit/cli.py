@@ -7,7 +7,6 @@ command line, with `main(argv) -> exit status`.
 import argparse
 import importlib
 import sys
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ssmkit import __version__
@@ -26,7 +25,7 @@ COMMANDS = {
     "train": Command("train a model; resumes where a killed training stopped", "ssmkit.train.commands.train"),
     "evaluate": Command("roll a trained model out in its environment", "ssmkit.train.commands.evaluate"),
     "demo": Command("record, train, evaluate and plot, in a few minutes on a CPU", "ssmkit.train.commands.demo"),
-    "bench": Command("time an op against its rivals and the machine's limit", "benchmarks.cli", own_parser=True),
+    "bench": Command("time an op against its rivals and the machine's limit", "ssmkit.benchmarks.cli"),
     "doctor": Command("show what can run here, and why the rest cannot", "ssmkit.doctor", own_parser=True),
 }
 
@@ -84,17 +83,8 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def import_command(name: str) -> Any:
-    """The module of a command. `bench` lives beside the package, in a checkout."""
-    module = COMMANDS[name].module
-    if module.startswith("benchmarks"):
-        checkout = Path(__file__).resolve().parents[1]
-        if not (checkout / "benchmarks").is_dir():
-            raise ImportError(
-                "the benchmarks are part of the source checkout; install it with `pip install -e '.[bench]'`"
-            )
-        if str(checkout) not in sys.path:
-            sys.path.insert(0, str(checkout))
-    return importlib.import_module(module)
+    """The module of a command."""
+    return importlib.import_module(COMMANDS[name].module)
 
 
 if __name__ == "__main__":
