@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .math import rounded
+
 # Grid axes 1 and 2 end at 65535 programs on NVIDIA; axis 0 at 2^31 - 1.
 MAX_GRID_YZ = 65535
 
@@ -34,6 +36,12 @@ def multiprocessors(device: torch.device) -> int:
     return _multiprocessors(torch.cuda.current_device() if device.index is None else device.index)
 
 
+@cache
+def warp_size(device: torch.device) -> int:
+    """Lanes per warp: 32, or 64 on AMD's CDNA. Asked of the target that is compiled for, so only when compiling."""
+    return triton.runtime.driver.active.get_current_target().warp_size
+
+
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of states and sums for inputs of `dtype`."""
     return torch.float64 if dtype == torch.float64 else torch.float32
@@ -48,7 +56,7 @@ def sum_parts_kernel(parts_ptr, out_ptr, nparts, size, BLOCK: tl.constexpr):
     for _ in range(nparts):
         total += tl.load(parts_ptr + i, mask=mask, other=0.0)
         parts_ptr += size
-    tl.store(out_ptr + i, total, mask=mask)
+    tl.store(out_ptr + i, rounded(total, out_ptr), mask=mask)
 
 
 def sum_parts(parts: Tensor, dtype: torch.dtype) -> Tensor:

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 # softplus(x) = x above this, as everywhere in the field
 SOFTPLUS_THRESHOLD = tl.constexpr(20.0)
 
@@ -50,3 +52,13 @@ def silu_grad(x):
     """Derivative of `silu`: sigmoid(x) * (1 + x * (1 - sigmoid(x)))."""
     s = sigmoid(x)
     return s * (1.0 + x * (1.0 - s))
+
+
+@triton.jit
+def rounded(x, ptr):
+    """x in the dtype that `ptr` points to, rounded to the nearest. The interpreter would truncate to bfloat16."""
+    if INTERPRETED and ptr.dtype.element_ty == tl.bfloat16:
+        bits = x.to(tl.int32, bitcast=True)
+        bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & -0x10000
+        x = bits.to(tl.float32, bitcast=True)
+    return x.to(ptr.dtype.element_ty)
