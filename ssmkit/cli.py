@@ -73,6 +73,9 @@ def main(argv: list[str] | None = None) -> int:
             return status
         arguments = build_parser(chosen).parse_args(argv)
         status = import_command(arguments.command).run(arguments)
+    except ModuleNotFoundError as error:
+        print(f"ssmkit: error: {error}; pip install 'ssmkit[trajectory]' brings it", file=sys.stderr)
+        return 2
     except (ValueError, FileNotFoundError, ImportError) as error:
         print(f"ssmkit: error: {error}", file=sys.stderr)
         return 2

@@ -7,9 +7,9 @@ A run folder holds
     logs/                   what the loggers write
 """
 
-import importlib
 import json
 import pickle
+import shutil
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -25,14 +25,6 @@ class RunError(ValueError):
     """A run folder or checkpoint that cannot be used; the message says why and what to do."""
 
 
-def import_lightning() -> Any:
-    """lightning.pytorch, or an error that says how to get it."""
-    try:
-        return importlib.import_module("lightning.pytorch")
-    except ImportError as error:
-        raise ImportError("training needs Lightning: pip install 'ssmkit[train]'") from error
-
-
 def save_checkpoint(checkpoint: dict[str, Any], path: str | Path) -> None:
     """Write a checkpoint, in full or not at all: a kill in between leaves the one before."""
     with atomic_write(path) as file:
@@ -45,6 +37,11 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
+        # torch.load does not look at the archive's checksums.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         checkpoint = torch.load(path, map_location=map_location, weights_only=True)
     except (pickle.UnpicklingError, zipfile.BadZipFile, RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -73,17 +70,31 @@ def read_config(run: Path) -> dict[str, Any]:
     return config
 
 
-def atomic_checkpoint_io() -> Any:
-    """Lightning's plugin for checkpoint files, on `save_checkpoint` and `load_checkpoint`."""
-    base = importlib.import_module("lightning.pytorch.plugins.io").TorchCheckpointIO
+def prepare_run(run: Path, description: dict[str, Any], *, resume: bool, overwrite: bool) -> str | None:
+    """Write the description of a new run, or check that of a resumed one; the checkpoint to continue from, if any."""
+    if resume and overwrite:
+        raise ValueError("--resume and --overwrite exclude each other")
+    if overwrite and (run / CONFIG).exists():
+        for part in (LAST.parent, LOGS):
+            shutil.rmtree(run / part, ignore_errors=True)
+    elif not resume and (run / CONFIG).exists():
+        raise RunError(f"{run} already holds a run; pass --resume to continue it, --overwrite to start anew")
+    if not resume or not (run / CONFIG).exists():
+        write_config(run, description)
+        return None
+    before = read_config(run)
+    for part in ("model", "data", "scaling", "options"):
+        if differing(before.get(part), description[part]):
+            raise RunError(
+                f"{run} was started with another {part} ({differing(before.get(part), description[part])}); "
+                "resume with the same arguments, or start anew with --overwrite"
+            )
+    return str(run / LAST) if (run / LAST).is_file() else None
 
-    class AtomicCheckpointIO(base):  # type: ignore[misc, valid-type]
-        def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-            save_checkpoint(checkpoint, path)
 
-        def load_checkpoint(
-            self, path: Any, map_location: Any = "cpu", weights_only: bool | None = None
-        ) -> dict[str, Any]:
-            return load_checkpoint(path, map_location)
-
-    return AtomicCheckpointIO()
+def differing(before: Any, now: Any) -> str:
+    """The entries in which two descriptions differ, as text; empty if none. Tuples and lists are alike, as in JSON."""
+    before, now = (dict(value) if isinstance(value, dict) else {} for value in (before, now))
+    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in now.items()}
+    keys = sorted(key for key in {*before, *plain} if before.get(key) != plain.get(key) and key != "source")
+    return ", ".join(f"{key}: {before.get(key)} then, {plain.get(key)} now" for key in keys)

@@ -5,11 +5,7 @@ Whatever a step draws (its batch, its dropout) comes from (seed, step, rank) alo
 """
 
 import copy
-import logging
 import math
-import shutil
-import warnings
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,21 +15,12 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from ssmkit.data import EpisodeSet, Scaling, TrajectoryBatch, Windows, WindowStream
 from ssmkit.data.windows import Padding
 from ssmkit.models.trajectory import TrajectoryModel, model_from_dict, model_to_dict
-from ssmkit.train.checkpoint import (
-    CONFIG,
-    LAST,
-    LOGS,
-    RunError,
-    atomic_checkpoint_io,
-    load_checkpoint,
-    read_config,
-    write_config,
-)
+from ssmkit.train.checkpoint import LAST, LOGS, RunError, load_checkpoint, prepare_run, read_config
+from ssmkit.train.loop import AtomicCheckpointIO, StepBar, StepLoader, quiet_lightning
 from ssmkit.train.losses import LossWeights, trajectory_loss
 
 
@@ -106,22 +93,6 @@ class Hardware:
     devices: int | str = "auto"
     precision: str = "32-true"
     workers: int = 0
-
-
-class StepLoader(DataLoader[TrajectoryBatch]):
-    """Serves batches `stream.first_step` .. `steps`, and says how many the whole training has."""
-
-    def __init__(self, stream: WindowStream, steps: int, workers: int) -> None:
-        super().__init__(stream, batch_size=None, num_workers=workers, persistent_workers=False)
-        self.steps = steps
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[TrajectoryBatch]:  # type: ignore[override]
-        batches = super().__iter__()
-        for _ in range(self.dataset.first_step, self.steps):  # type: ignore[attr-defined]
-            yield next(batches)
 
 
 class TrajectoryTask(pl.LightningModule):
@@ -286,9 +257,9 @@ def fit(
             max_epochs=-1,
             gradient_clip_val=options.clip,
             logger=logger if logger is not None else pl.loggers.CSVLogger(run, name=LOGS, flush_logs_every_n_steps=10),
-            log_every_n_steps=10,
-            callbacks=[keep, *(callbacks or [])],
-            plugins=[atomic_checkpoint_io()],
+            log_every_n_steps=min(10, options.steps),
+            callbacks=[keep, *([StepBar()] if progress else []), *(callbacks or [])],
+            plugins=[AtomicCheckpointIO()],
             use_distributed_sampler=False,
             enable_model_summary=False,
             enable_progress_bar=progress,
@@ -310,62 +281,6 @@ def check_fits(model: TrajectoryModel, data: EpisodeSet) -> None:
         raise ValueError(
             f"the data has (state_dim, action_dim, discrete_actions) = {expected}, the model was made for {found}"
         )
-
-
-def prepare_run(run: Path, description: dict[str, Any], *, resume: bool, overwrite: bool) -> str | None:
-    """Write the description of a new run, or check that of a resumed one; the checkpoint to continue from, if any."""
-    if resume and overwrite:
-        raise ValueError("--resume and --overwrite exclude each other")
-    if overwrite and (run / CONFIG).exists():
-        for part in (LAST.parent, LOGS):
-            shutil.rmtree(run / part, ignore_errors=True)
-    elif not resume and (run / CONFIG).exists():
-        raise RunError(f"{run} already holds a run; pass --resume to continue it, --overwrite to start anew")
-    if not resume or not (run / CONFIG).exists():
-        write_config(run, description)
-        return None
-    before = read_config(run)
-    for part in ("model", "data", "scaling", "options"):
-        if differing(before.get(part), description[part]):
-            raise RunError(
-                f"{run} was started with another {part} ({differing(before.get(part), description[part])}); "
-                "resume with the same arguments, or start anew with --overwrite"
-            )
-    return str(run / LAST) if (run / LAST).is_file() else None
-
-
-def differing(before: Any, now: Any) -> str:
-    """The entries in which two descriptions differ, as text; empty if none. Tuples and lists are alike, as in JSON."""
-    before, now = (dict(value) if isinstance(value, dict) else {} for value in (before, now))
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in now.items()}
-    keys = sorted(key for key in {*before, *plain} if before.get(key) != plain.get(key) and key != "source")
-    return ", ".join(f"{key}: {before.get(key)} then, {plain.get(key)} now" for key in keys)
-
-
-class quiet_lightning:
-    """Silence Lightning's advertisements and the warnings that this loop makes pointless; errors pass."""
-
-    def __enter__(self) -> None:
-        self.logger = logging.getLogger("lightning.pytorch")
-        self.level = self.logger.level
-        self.logger.setLevel(logging.WARNING)
-        self.caught = warnings.catch_warnings()
-        self.caught.__enter__()
-        for message in (
-            ".*does not have many workers.*",
-            ".*IterableDataset. has .__len__. defined.*",
-            ".*dataloader is not resumable.*",
-            ".*save_last=True.*",
-            ".*Checkpoint directory .* exists and is not empty.*",
-            ".*Experiment logs directory .* exists.*",
-            ".*GPU available but not used.*",
-            ".*LeafSpec.*",
-        ):
-            warnings.filterwarnings("ignore", message=message)
-
-    def __exit__(self, *raised: object) -> None:
-        self.caught.__exit__(*raised)  # type: ignore[arg-type]
-        self.logger.setLevel(self.level)
 
 
 def load_model(run: str | Path) -> tuple[TrajectoryModel, Scaling, dict[str, Any]]:

@@ -112,6 +112,8 @@ class TokenModel(TrajectoryModel):
         super().__init__()
         embed = ResidualEmbedding if embedding == "mlp" else nn.Linear
         self.embed_timestep = nn.Embedding(max_timestep, dim)
+        # As in GPT-2. The published code leaves PyTorch's N(0, 1), which drowns the tokens until it is unlearnt.
+        nn.init.normal_(self.embed_timestep.weight, std=0.02)
         self.embed_return = embed(1, dim)
         self.embed_state = embed(state_dim, dim)
         self.embed_action = embed(action_dim, dim)

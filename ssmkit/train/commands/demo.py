@@ -19,7 +19,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = "example:\n  ssmkit demo --out runs/demo --seeds 5 --steps 1000"
     parser.add_argument("--out", default="runs/demo", metavar="FOLDER", help="where to write (default: %(default)s)")
     parser.add_argument("--seeds", type=int, default=defaults.seeds, help="trainings per model (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=defaults.steps, help="steps of Decision Mamba (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=defaults.steps, help="steps of Decision Mamba (default: %(default)s)"
+    )
     parser.add_argument("--episodes", type=int, default=defaults.episodes, help="recorded (default: %(default)s)")
 
 
