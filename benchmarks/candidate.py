@@ -189,11 +189,19 @@ def rms_error(actual: Tensor, expected: Tensor) -> float:
 
 
 def spent_by(work: Callable[[], None]) -> dict[str, float]:
-    """Seconds that `work` took by the clock, of this process's CPU time, and waiting for a CPU."""
-    cpu, waited, start = time.process_time(), time_waited(), time.perf_counter()
+    """Seconds that `work` took by the clock, of this process's CPU time, waiting for a CPU, and of all programs' CPU time."""
+    busy, cpu, waited, start = busy_seconds(), time.process_time(), time_waited(), time.perf_counter()
     work()
     wall = time.perf_counter() - start
-    return {"wall": wall, "cpu": time.process_time() - cpu, "waited": time_waited() - waited}
+    cpu, waited, busy = time.process_time() - cpu, time_waited() - waited, busy_seconds() - busy
+    return {"wall": wall, "cpu": cpu, "waited": waited, "busy": busy}
+
+
+def busy_seconds() -> float:
+    """CPU time all programs have used since boot, interrupts and time stolen by the host included."""
+    with Path("/proc/stat").open() as stat:
+        user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, stat.readline().split()[1:9])
+    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
 
 
 @contextmanager

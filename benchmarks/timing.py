@@ -9,12 +9,10 @@ that our threads were ready to run but waited for a CPU. Pairs are chosen by tha
 """
 
 import math
-import os
 import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 # /proc/stat counts in ticks of 10 ms, so a pair of windows of half a second resolves 0.02 to 0.04 cores.
@@ -26,7 +24,7 @@ SETTLE_S = 0.01
 
 
 class Timed(Protocol):
-    """One side of a pair: runs `calls` calls, returns seconds of wall, of its own cpu, and waited for a cpu."""
+    """One side of a pair: runs `calls` calls, returns seconds of wall, its own cpu, waited for a cpu, and all busy cpus."""
 
     def __call__(self, calls: int) -> dict[str, float]:
         """Run that many calls."""
@@ -77,17 +75,6 @@ def _quantile(ordered: Sequence[float], share: float) -> float:
     low, rest = int(position), position % 1
     high = min(low + 1, len(ordered) - 1)
     return ordered[low] * (1 - rest) + ordered[high] * rest
-
-
-def busy_seconds() -> float:
-    """CPU time all programs have used since boot, interrupts and time stolen by the host included."""
-    user, nice, system, _idle, _iowait, irq, softirq, steal = map(int, _cpu_line().split()[1:9])
-    return (user + nice + system + irq + softirq + steal) / os.sysconf("SC_CLK_TCK")
-
-
-def _cpu_line() -> str:
-    with Path("/proc/stat").open() as stat:
-        return stat.readline()
 
 
 def calls_for(seconds_per_call: float, window: float = WINDOW_S) -> int:
@@ -145,19 +132,12 @@ def one_round(
     base: Timed, base_calls: int, other: Timed, other_calls: int, pause: Callable[[float], None] = time.sleep
 ) -> Pair:
     """One window of each side, each after a pause and an untimed call where a call is short."""
-    seconds, own, waited, wall = [], 0.0, 0.0, 0.0
-    start, busy = time.perf_counter(), busy_seconds()
-    parent = time.process_time()
+    windows = []
     for side, calls in ((base, base_calls), (other, other_calls)):
         pause(SETTLE_S)
         if calls > 2:
-            own += side(1)["cpu"]
-        measured = side(calls)
-        seconds.append(measured["wall"] / calls)
-        own += measured["cpu"]
-        waited += measured["waited"]
-        wall += measured["wall"]
-    elapsed = time.perf_counter() - start
-    own += time.process_time() - parent
-    foreign = max(0.0, (busy_seconds() - busy - own) / elapsed)
-    return Pair(seconds[0], seconds[1], foreign, waited / wall)
+            side(1)
+        windows.append(side(calls))
+    wall, cpu, waited, busy = (sum(window[kind] for window in windows) for kind in ("wall", "cpu", "waited", "busy"))
+    foreign = max(0.0, (busy - cpu) / wall)
+    return Pair(windows[0]["wall"] / base_calls, windows[1]["wall"] / other_calls, foreign, waited / wall)

@@ -37,7 +37,8 @@ class InProcess:
         if command in ("window", "limits"):
             wall = SECONDS.get(candidate.spec.candidate, 0.02) * arguments.get("calls", 1)
             rates = {"copy": 1e10, "exp": 1e9, "fma": 1e10}
-            return {"wall": wall, "cpu": wall, "waited": 0.0} | ({"rates": rates} if command == "limits" else {})
+            window = {"wall": wall, "cpu": wall, "waited": 0.0, "busy": wall}
+            return window | ({"rates": rates} if command == "limits" else {})
         return answer_of(self.server.carry_out(command, arguments))
 
     def close(self):
@@ -49,7 +50,6 @@ def run(monkeypatch):
     """Run a plan on the toy benchmark in this process, without sleeping."""
     monkeypatch.setattr(InProcess, "asked", [])
     monkeypatch.setattr(timing, "SETTLE_S", 0.0)
-    monkeypatch.setattr(timing, "busy_seconds", lambda: 0.0)
     threads = torch.get_num_threads()
 
     def run(**plan):
@@ -193,55 +193,39 @@ def test_every_op_has_a_benchmark_that_states_its_cost(op):
         assert all(count > 0 for count in cost.values()), f"{label}: {cost}"
 
 
-class Clock:
-    """Sides whose windows take given seconds a call, and a machine on which others use given cores."""
+def paired(loads, base, other, rounds):
+    """Rounds of two sides whose calls take the given seconds, while others use the given cores, a value per round."""
+    order = []
 
-    def __init__(self, foreign):
-        self.foreign, self.busy, self.own, self.now, self.order = iter(foreign), 0.0, 0.0, 0.0, []
+    def side(name, seconds):
+        seconds = itertools.cycle(seconds)
 
-    def side(self, name, seconds):
         def window(calls):
-            self.order.append(name)
-            wall = next(seconds) * calls
-            self.now += wall
-            self.own += wall
-            self.busy += wall * (1 + self.load)
-            return {"wall": wall, "cpu": wall, "waited": 0.0}
+            wall, load = next(seconds) * calls, loads[min(len(order) // 2, len(loads) - 1)]
+            order.append(name)
+            return {"wall": wall, "cpu": wall, "waited": 0.0, "busy": wall * (1 + load)}
 
         return window
 
-    @property
-    def load(self):
-        # One value per round of two windows.
-        return self.loads[min((len(self.order) - 1) // 2, len(self.loads) - 1)]
+    sides = side("base", base), side("other", other)
+    return timing.paired_rounds(sides[0], 1, sides[1], 1, rounds=rounds, pause=lambda seconds: None), order
 
 
-def paired(monkeypatch, loads, base, other, rounds):
-    clock = Clock([])
-    clock.loads = loads
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: clock.now)
-    monkeypatch.setattr(timing.time, "process_time", lambda: 0.0)
-    monkeypatch.setattr(timing, "busy_seconds", lambda: clock.busy)
-    sides = clock.side("base", itertools.cycle(base)), clock.side("other", itertools.cycle(other))
-    pairs = timing.paired_rounds(sides[0], 1, sides[1], 1, rounds=rounds, pause=lambda seconds: None)
-    return pairs, clock.order
-
-
-def test_windows_alternate_and_drift_cancels_in_the_ratio(monkeypatch):
+def test_windows_alternate_and_drift_cancels_in_the_ratio():
     drift = [1.0, 1.5, 2.0, 3.0]
-    pairs, order = paired(monkeypatch, [0.0], drift, [10 * x for x in drift], rounds=4)
+    pairs, order = paired([0.0], drift, [10 * x for x in drift], rounds=4)
     assert order == ["base", "other"] * 4
     assert Summary.of([pair.other / pair.base for pair in pairs]) == Summary(10.0, 10.0, 10.0, 10.0, 10.0, 4)
 
 
-def test_rounds_under_foreign_load_are_repeated(monkeypatch):
-    pairs, order = paired(monkeypatch, [0.5, 0.0, 0.8, 0.0], [1.0, 2.0, 3.0, 4.0], [5.0], rounds=2)
+def test_rounds_under_foreign_load_are_repeated():
+    pairs, order = paired([0.5, 0.0, 0.8, 0.0], [1.0, 2.0, 3.0, 4.0], [5.0], rounds=2)
     assert [pair.base for pair in pairs] == [2.0, 4.0]
     assert len(order) == 8
 
 
-def test_on_a_machine_that_is_never_quiet_the_least_loaded_rounds_count(monkeypatch):
-    pairs, _ = paired(monkeypatch, [0.5, 0.3, 0.9, 0.4, 0.8, 0.7], [6.0, 5.0, 4.0, 3.0, 2.0, 1.0], [1.0], rounds=2)
+def test_on_a_machine_that_is_never_quiet_the_least_loaded_rounds_count():
+    pairs, _ = paired([0.5, 0.3, 0.9, 0.4, 0.8, 0.7], [6.0, 5.0, 4.0, 3.0, 2.0, 1.0], [1.0], rounds=2)
     # By load (0.3 and 0.4), not by time.
     assert [pair.base for pair in pairs] == [5.0, 3.0]
     assert not any(pair.quiet for pair in pairs)
@@ -265,7 +249,7 @@ def test_calibration_fills_the_window():
 
     def side(calls):
         asked.append(calls)
-        return {"wall": 0.001 * calls, "cpu": 0.0, "waited": 0.0}
+        return {"wall": 0.001 * calls, "cpu": 0.0, "waited": 0.0, "busy": 0.0}
 
     assert timing.calibrate(side, window=0.25) == 250
     assert asked[0] == 1
