@@ -10,6 +10,7 @@ and the binary picks among them when it is loaded. Metadata and packages stand i
 
 from __future__ import annotations
 
+import fcntl
 import os
 import platform
 import shlex
@@ -141,6 +142,12 @@ class NinjaBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "lock", "w") as lock:
+            # two installs from one checkout take turns
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            self.compile(folder, target)
+
+    def compile(self, folder: Path, target: Path) -> None:
         library = folder / target.name
         recipe = ninja_file(library)
         if not (folder / "build.ninja").is_file() or (folder / "build.ninja").read_text() != recipe:
@@ -151,7 +158,7 @@ class NinjaBuild(build_ext):
                 "ssmkit: compiling csrc/ failed (see the compiler's message above). "
                 "SSMKIT_NATIVE=0 installs without the compiled CPU kernels."
             )
-        # a new file under a new inode: a process that has the old library mapped keeps it whole
+        # under a new inode: a process that has the old library mapped keeps it whole
         staged = target.with_suffix(".new")
         shutil.copy2(library, staged)
         os.replace(staged, target)

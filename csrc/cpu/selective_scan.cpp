@@ -11,7 +11,7 @@ namespace {
 #if defined(__AVX512F__)
 constexpr int kMaxStates = 16;
 #else
-constexpr int kMaxStates = 8;
+constexpr int kMaxStates = 16;
 #endif
 
 // B or C at token t, state n: a number for all lanes, or (constant weights) a vector of them for all tokens.
@@ -320,12 +320,12 @@ void forward(const SelectiveScanForward& p) {
 }  // namespace
 
 void selective_scan_forward(const SelectiveScanForward& p) {
-  if (p.complex_state) return complex_forward(p);
+  const bool complex = p.complex_state;
   switch (p.dtype) {
-    case DType::float64: return forward<double>(p);
-    case DType::bfloat16: return forward<bfloat16>(p);
-    case DType::float16: return forward<float16>(p);
-    default: return forward<float>(p);
+    case DType::float64: return complex ? complex_forward_of<double>(p) : forward<double>(p);
+    case DType::bfloat16: return complex ? complex_forward_of<bfloat16>(p) : forward<bfloat16>(p);
+    case DType::float16: return complex ? complex_forward_of<float16>(p) : forward<float16>(p);
+    default: return complex ? complex_forward_of<float>(p) : forward<float>(p);
   }
 }
 

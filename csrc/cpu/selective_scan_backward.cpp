@@ -11,21 +11,12 @@
 
 #include "cpu/selective_scan_complex.h"
 #include "cpu/selective_scan_plan.h"
+#include "cpu/selective_scan_sums.h"
 
 namespace ssmkit::SSMKIT_CAPABILITY {
 namespace {
 
 constexpr int kPitch = kChunk + 1;  // tokens; one line more than a power of two, lest the buffers share cache sets
-
-// Sums that several units contribute to, one copy per contribution; null where the gradient is not asked for.
-template <typename T>
-struct Partial {
-  T* dB;    // per token (parts, rows, dstate); constant (contributions, dstate, dim)
-  T* dC;    // likewise
-  T* dA;    // (contributions, dstate, dim)
-  T* dD;    // (contributions, dim)
-  T* bias;  // (contributions, dim)
-};
 
 // The state-independent numbers of one chunk of one block, [token][lane].
 template <typename T>
@@ -389,42 +380,6 @@ class BackwardPart {
   Chunk chunk_;
 };
 
-// ---- sums over parts and contributions, in order --------------------------------------------------------------------
-
-template <typename In>
-void add_parts(const SelectiveScanBackward& p, const Plan& plan, const acc_t<In>* partial, std::int64_t groups,
-               bool is_B, void* out) {
-  using T = acc_t<In>;
-  const std::int64_t rows = p.batch * p.seqlen, N = p.dstate;
-  parallel_for(rows, p.threads, [&](std::int64_t begin, std::int64_t end, int) {
-    Scratch<T> sum(N);
-    for (std::int64_t row = begin; row < end; ++row)
-      for (std::int64_t group = 0; group < groups; ++group) {
-        fill<T>(sum, N, T(0));
-        for (std::int64_t i = 0; i < plan.parts(); ++i) {
-          if ((is_B ? plan.part(i).B_group : plan.part(i).C_group) != group) continue;
-          const T* from = partial + (i * rows + row) * N;
-          for (std::int64_t n = 0; n < N; ++n) sum[n] += from[n];
-        }
-        narrow(static_cast<In*>(out) + (row * groups + group) * N, sum, N);
-      }
-  });
-}
-
-// (contributions, inner, dim) -> (dim, inner)
-template <typename T>
-void add_contributions(const SelectiveScanBackward& p, const T* partial, std::int64_t contributions, std::int64_t inner,
-                       void* out) {
-  parallel_for(p.dim, p.threads, [&](std::int64_t begin, std::int64_t end, int) {
-    for (std::int64_t d = begin; d < end; ++d)
-      for (std::int64_t n = 0; n < inner; ++n) {
-        T sum = T(0);
-        for (std::int64_t c = 0; c < contributions; ++c) sum += partial[(c * inner + n) * p.dim + d];
-        static_cast<T*>(out)[d * inner + n] = sum;
-      }
-  });
-}
-
 template <typename In>
 void backward(const SelectiveScanBackward& p) {
   using T = acc_t<In>;
@@ -483,9 +438,9 @@ void backward(const SelectiveScanBackward& p) {
     }
   });
 
-  if (p.B_groups) add_parts<In>(p, plan, dB, p.B_groups, true, p.dB);
+  if (p.B_groups) add_parts<In>(p, plan, dB, p.dstate, p.B_groups, &Part::B_group, p.dB);
   else add_contributions<T>(p, dB, contributions, p.dstate, p.dB);
-  if (p.C_groups) add_parts<In>(p, plan, dC, p.C_groups, false, p.dC);
+  if (p.C_groups) add_parts<In>(p, plan, dC, p.dstate, p.C_groups, &Part::C_group, p.dC);
   else add_contributions<T>(p, dC, contributions, p.dstate, p.dC);
   add_contributions<T>(p, dA, contributions, p.dstate, p.dA);
   if (p.D) add_contributions<T>(p, dD, contributions, 1, p.dD);
@@ -495,12 +450,12 @@ void backward(const SelectiveScanBackward& p) {
 }  // namespace
 
 void selective_scan_backward(const SelectiveScanBackward& p) {
-  if (p.complex_state) return complex_backward(p);
+  const bool complex = p.complex_state;
   switch (p.dtype) {
-    case DType::float64: return backward<double>(p);
-    case DType::bfloat16: return backward<bfloat16>(p);
-    case DType::float16: return backward<float16>(p);
-    default: return backward<float>(p);
+    case DType::float64: return complex ? complex_backward_of<double>(p) : backward<double>(p);
+    case DType::bfloat16: return complex ? complex_backward_of<bfloat16>(p) : backward<bfloat16>(p);
+    case DType::float16: return complex ? complex_backward_of<float16>(p) : backward<float16>(p);
+    default: return complex ? complex_backward_of<float>(p) : backward<float>(p);
   }
 }
 
