@@ -10,7 +10,6 @@ and the binary picks among them when it is loaded. Metadata and packages stand i
 
 from __future__ import annotations
 
-import fcntl
 import os
 import platform
 import shlex
@@ -142,6 +141,8 @@ class NinjaBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         folder = ROOT / "build" / f"native-{sysconfig.get_platform()}-{sys.implementation.cache_tag}"
         folder.mkdir(parents=True, exist_ok=True)
+        import fcntl  # not on Windows, where only SSMKIT_NATIVE=0 installs
+
         with open(folder / "lock", "w") as lock:
             # two installs from one checkout take turns
             fcntl.flock(lock, fcntl.LOCK_EX)
