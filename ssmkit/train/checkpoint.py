@@ -8,6 +8,7 @@ A run folder holds
 """
 
 import json
+import os
 import pickle
 import shutil
 import zipfile
@@ -53,6 +54,11 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
     return checkpoint
 
 
+def process_rank() -> int:
+    """Rank of this process as launchers tell it; 0 if there is but one."""
+    return int(next((os.environ[name] for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID") if name in os.environ), 0))
+
+
 def write_config(run: Path, config: dict[str, Any]) -> None:
     """Write config.json."""
     atomic_write_text(run / CONFIG, json.dumps(config, indent=2) + "\n")
@@ -71,9 +77,14 @@ def read_config(run: Path) -> dict[str, Any]:
 
 
 def prepare_run(run: Path, description: dict[str, Any], *, resume: bool, overwrite: bool) -> str | None:
-    """Write the description of a new run, or check that of a resumed one; the checkpoint to continue from, if any."""
+    """Write the description of a new run, or check that of a resumed one; the checkpoint to continue from, if any.
+
+    Only the first of several processes writes: the others may start when it already has.
+    """
     if resume and overwrite:
         raise ValueError("--resume and --overwrite exclude each other")
+    if process_rank() > 0:
+        return str(run / LAST) if resume and (run / LAST).is_file() else None
     if overwrite and (run / CONFIG).exists():
         for part in (LAST.parent, LOGS):
             shutil.rmtree(run / part, ignore_errors=True)

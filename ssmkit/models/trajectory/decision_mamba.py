@@ -120,7 +120,7 @@ def previous_actions(n_action: Tensor, mask: Tensor | None) -> Tensor:
     shifted = F.pad(n_action[:, :-1], (0, 0, 1, 0))
     if mask is None:
         return shifted
-    return shifted * F.pad(mask[:, :-1], (1, 0))[..., None]
+    return torch.where(F.pad(mask[:, :-1], (1, 0))[..., None], shifted, 0.0)
 
 
 class Backbone(nn.Module):

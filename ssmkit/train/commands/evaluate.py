@@ -37,6 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--faithful-padding", action="store_true", help="windowed: pad short windows as the published code does"
     )
+    parser.add_argument("--device", default="cpu", help="where the model runs: cpu, cuda, ... (default: %(default)s)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers here as well")
 
 
@@ -71,7 +72,7 @@ def evaluate_run(path: Path, arguments: argparse.Namespace) -> list[dict[str, An
         modes = ["streaming", "windowed"] if model.streams else ["windowed"]
     rows = []
     for mode in modes:
-        agent = ModelAgent(model, scaling, mode=mode, faithful_padding=arguments.faithful_padding)
+        agent = ModelAgent(model.to(arguments.device), scaling, mode=mode, faithful_padding=arguments.faithful_padding)
         returns = returns_at_targets(agent, env, targets, episodes=arguments.episodes, seed=arguments.seed)
         for target, values in zip(targets, returns, strict=True):
             score = normalised_score(name, float(values.mean()))

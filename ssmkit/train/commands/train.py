@@ -8,6 +8,7 @@ from typing import Any
 
 from ssmkit.data import EpisodeSet, load_episodes, save_episodes
 from ssmkit.models.trajectory import MODELS, TrajectoryModel, row_of, trajectory_model
+from ssmkit.train.checkpoint import process_rank
 from ssmkit.train.sources import SOURCES, open_source, summary
 
 EPILOG = """\
@@ -138,7 +139,7 @@ def training_data(arguments: argparse.Namespace, run_folder: Path) -> EpisodeSet
         data = load_episodes(kept)
     else:
         data = open_source(arguments.data, episodes=arguments.episodes, seed=arguments.seed, env=arguments.env)
-        recorded = not arguments.data.startswith("minari:") and not Path(arguments.data).suffix
+        recorded = process_rank() == 0 and not arguments.data.startswith("minari:") and not Path(arguments.data).suffix
         if recorded and (arguments.overwrite or not (run_folder / "config.json").exists()):
             save_episodes(data, kept)
     return data.best(arguments.best) if arguments.best != 1.0 else data
