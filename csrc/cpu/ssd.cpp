@@ -65,6 +65,8 @@ class ForwardRun {
       const S* in = x + chunk_.row[s] * p_.x_stride;
       const V weight(chunk_.leave[s] * chunk_.dt[s]);
       for (int c = 0; c < size_.p; c += lanes) {
+        // the next head's channels lie behind: rows are too far apart for the hardware to foresee them
+        __builtin_prefetch(in + size_.p + c);
         const V value = chunk_.pad[s] ? V(T(0)) : load_upto(in + c, size_.p - c);
         if (plain) store(out + c, value);
         store(weighted + c, weight * value);
@@ -97,7 +99,7 @@ class ForwardRun {
       Tile<T, shape.rows, shape.vecs> tile;
       tile.clear();
       if (!zero) {
-        tile.add_columns(size_.n, C_ + t, q_step, state + c, p_step);
+        tile.add_rows(size_.n, chunk_.C + t * std::int64_t{size_.n_step}, size_.n_step, state + c, p_step);
         tile.each([&](int r, int, V& sum) { sum = sum * V(chunk_.enter[t + r]); });
       }
       tile.add_columns(t + shape.rows, M_ + t, q_step, x_ + c, p_step);
