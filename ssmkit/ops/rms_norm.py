@@ -82,7 +82,7 @@ def rms_norm(
     _check(x, weight, bias, residual, z, group_size)
     acc = acc_dtype(x.dtype)
     weight, bias = weight.to(acc), None if bias is None else bias.to(acc)
-    size = x.shape[-1] if group_size is None else group_size
+    size = max(1, x.shape[-1]) if group_size is None else group_size
     total_dtype = acc if residual_in_fp32 or residual is None else residual.dtype
     chosen = choose("rms_norm", BACKENDS, backend, x, group_size=size)
     if chosen == "reference":
@@ -177,19 +177,22 @@ def _forward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, weight, bias, residual, z, _, group_size, norm_before_gate, _, backend = inputs
-    ctx.save_for_backward(x if residual is None else output[1], weight, bias, z, output[2])
+    # The sum itself where it was kept unrounded, otherwise its two summands.
+    whole = residual is not None and output[1].dtype == acc_dtype(x.dtype)
+    kept = (output[1], None) if whole else (x, residual)
+    ctx.save_for_backward(*kept, weight, bias, z, output[2])
     ctx.dtypes = (x.dtype, None if residual is None else residual.dtype)
     ctx.options = (group_size, norm_before_gate, backend)
     ctx.set_materialize_grads(False)
 
 
 def _differentiate(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    total, weight, bias, z, rstd = ctx.saved_tensors
+    total, rest, weight, bias, z, rstd = ctx.saved_tensors
     x_dtype, residual_dtype = ctx.dtypes
     if dy is None:
         dy = torch.zeros_like(total, dtype=x_dtype)
     dx, dweight, dbias, dz = gradients(
-        rms_norm_bwd(dy, dtotal, total, weight, bias, z, rstd, *ctx.options), (total, weight, bias, z)
+        rms_norm_bwd(dy, dtotal, total, rest, weight, bias, z, rstd, *ctx.options), (total, weight, bias, z)
     )
     assert dx is not None
     dresidual = None if residual_dtype is None else dx.to(residual_dtype)
@@ -197,19 +200,19 @@ def _differentiate(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, _: Tensor
 
 
 def _backward(
-    dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None,
-    rstd: Tensor, group_size: int, norm_before_gate: bool, backend: str,
+    dy: Tensor, dtotal: Tensor | None, total: Tensor, rest: Tensor | None, weight: Tensor, bias: Tensor | None,
+    z: Tensor | None, rstd: Tensor, group_size: int, norm_before_gate: bool, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     dx, dweight, dbias, dz = load(BACKENDS, backend).backward(
-        _rows(dy), _rows(dtotal), _rows(total), weight.contiguous(), None if bias is None else bias.contiguous(),
+        _rows(dy), _rows(dtotal), _rows(total), _rows(rest), weight.contiguous(), None if bias is None else bias.contiguous(),
         _rows(z), rstd, group_size, norm_before_gate,
     )  # fmt: skip
     return present((dx.view(total.shape), dweight, dbias, None if dz is None else dz.view(total.shape)), total)
 
 
 def _backward_fake(
-    dy: Tensor, dtotal: Tensor | None, total: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor | None,
-    rstd: Tensor, group_size: int, norm_before_gate: bool, backend: str,
+    dy: Tensor, dtotal: Tensor | None, total: Tensor, rest: Tensor | None, weight: Tensor, bias: Tensor | None,
+    z: Tensor | None, rstd: Tensor, group_size: int, norm_before_gate: bool, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     inputs = (total, weight, bias, z)
     return tuple(absent(total) if tensor is None else tensor.new_empty(tensor.shape) for tensor in inputs)
@@ -217,7 +220,7 @@ def _backward_fake(
 
 _OPTIONS = "int group_size, bool norm_before_gate"
 rms_norm_bwd = define(
-    "rms_norm_bwd(Tensor dy, Tensor? dtotal, Tensor total, Tensor weight, Tensor? bias, Tensor? z, Tensor rstd, "
+    "rms_norm_bwd(Tensor dy, Tensor? dtotal, Tensor total, Tensor? rest, Tensor weight, Tensor? bias, Tensor? z, Tensor rstd, "
     f"{_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,

@@ -1,0 +1,35 @@
+"""selective_state_step on the CPU: a thin call into csrc/cpu/selective_state_step.cpp."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ssmkit.native import DTYPES, library, pointer
+
+
+def step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    state_indices: Tensor | None,
+) -> Tensor:
+    """y (batch, dim); `state` is updated in place. The op layer has checked everything but the range of the slots."""
+    slots = None if state_indices is None else state_indices.long()
+    if slots is not None and slots.numel() and int(slots.max()) >= state.shape[0]:
+        raise ValueError(f"state_indices must be below the number of slots {state.shape[0]}, got {int(slots.max())}")
+    y = torch.empty(x.shape, dtype=x.dtype)
+    library().selective_state_step(
+        (DTYPES[x.dtype], DTYPES[state.dtype], dt_softplus, torch.get_num_threads()),
+        (*x.shape, A.shape[1], B.shape[1], C.shape[1]),
+        tuple(map(pointer, (state, x, dt, z, B, C, A, D, dt_bias, slots, y))),
+        tuple(0 if rows is None else rows.stride(0) for rows in (x, dt, z, B, C)),
+    )
+    return y
