@@ -181,3 +181,35 @@ def ssd_inputs(
     }
     kept = {k: v.to(device) for k, v in inputs.items() if k in ("x", "dt", "A", "B", "C") or k in optional}
     return {**{k: v.requires_grad_(requires_grad) for k, v in kept.items()}, "dt_softplus": True}
+
+
+def rms_norm_inputs(
+    *shape: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    optional: tuple[str, ...] = ("bias", "residual", "z"),
+    requires_grad: bool = True,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Keyword inputs of `rms_norm` on x of this shape, drawn on the CPU from `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    drawn = {name: torch.randn(shape, generator=generator, dtype=acc).to(dtype) for name in ("x", "residual", "z")}
+    drawn |= {name: torch.randn(shape[-1], generator=generator, dtype=acc) for name in ("weight", "bias")}
+    kept = {k: drawn[k].to(device) for k in ("x", "weight", "bias", "residual", "z") if k in ("x", "weight", *optional)}
+    return {k: v.requires_grad_(requires_grad) for k, v in kept.items()}
+
+
+def selective_state_step_inputs(
+    batch: int,
+    dim: int,
+    dstate: int,
+    *,
+    optional: tuple[str, ...] = ("D", "z", "dt_bias"),
+    **options: Any,
+) -> dict[str, Any]:
+    """Keyword inputs of `selective_state_step`: those of a scan over one token, without gradients."""
+    options = {"requires_grad": False} | options
+    inputs = selective_scan_inputs(batch, 1, dim, dstate, optional=(*optional, "initial_state"), **options)
+    rows = {k: v.squeeze(1) for k, v in inputs.items() if k in ("x", "dt", "B", "C", "z")}
+    return {"state": inputs.pop("initial_state")} | inputs | rows

@@ -1,6 +1,8 @@
 """Ops: each file holds one op's equations, public function, reference, schema, backends and autograd."""
 
 from ssmkit.ops.linear_scan import linear_scan
+from ssmkit.ops.rms_norm import rms_norm
 from ssmkit.ops.selective_scan import selective_scan
+from ssmkit.ops.selective_state_step import selective_state_step
 
-__all__ = ["linear_scan", "selective_scan"]
+__all__ = ["linear_scan", "rms_norm", "selective_scan", "selective_state_step"]
