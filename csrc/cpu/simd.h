@@ -263,10 +263,15 @@ SSMKIT_INLINE Vec<T> load(const T* p) {
   return a;
 }
 SSMKIT_INLINE Vec<float> load(const bfloat16* p) {
+#if defined(__AVX512F__)
+  const __m512i wide = _mm512_maskz_cvtepu16_epi32(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  return reinterpret_cast<Lanes<float>::Reg>(reinterpret_cast<Lanes<float>::Bits>(wide) << 16);
+#else
   Lanes<float>::Half half;
   std::memcpy(&half, p, sizeof half);
   const auto bits = __builtin_convertvector(half, Lanes<float>::Bits) << 16;
   return reinterpret_cast<Lanes<float>::Reg>(bits);
+#endif
 }
 SSMKIT_INLINE Vec<float> load(const float16* p) {
 #if defined(__AVX512F__)
