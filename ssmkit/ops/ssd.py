@@ -35,8 +35,9 @@ BACKENDS = (
     Backend("cpu", device="cpu", module="ssmkit.native.ssd"),
 )
 AUTO_CHUNK = 64
-# What the kernels take: Triton's tiles are powers of two that fit the registers, the CPU's scratch grows with chunk^2.
-CHUNK_RANGE = {"triton": (16, 64), "cpu": (1, 256)}
+# Longest chunks: of Triton's tiles that fit the registers, by the bytes of an element; the CPU's scratch grows with chunk^2.
+TRITON_LONGEST = {2: 64, 4: 32, 8: 16}
+CPU_LONGEST = 256
 
 
 def ssd(
@@ -104,7 +105,9 @@ def ssd(
         ValueError: a shape, dtype, device or value does not fit.
         BackendError: the backend asked for cannot take the call.
     """
-    check(x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_state, resets, mask, cu_seqlens, reverse, bidirectional, chunk)
+    check(
+        x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_state, resets, mask, cu_seqlens, reverse, bidirectional, chunk
+    )
     acc = acc_dtype(x.dtype)
     A, dt_bias, initial_state = (None if t is None else t.to(acc) for t in (A, dt_bias, initial_state))
     D = None if D is None else (D if D.ndim == 2 else D[:, None]).to(acc).expand(*x.shape[2:])
@@ -121,7 +124,7 @@ def ssd(
         save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
         y, final_state, _, _ = ssd_fwd(
             *tensors, flags_of(resets, mask), cu_seqlens, dt_softplus, dt_min, dt_max, reverse, bidirectional,
-            chunk_for(chosen, chunk), save, chosen,
+            chunk_for(chosen, x.dtype, chunk), save, chosen,
         )  # fmt: skip
     return ScanOutput(y, final_state) if return_final_state else y
 
@@ -195,13 +198,12 @@ def check(
         raise ValueError(f"chunk must be a positive number of tokens, got {chunk}")
 
 
-def chunk_for(backend: str, chunk: int | None) -> int:
-    """Tokens per chunk that `backend` takes where `chunk` are asked for: the next power of two on Triton."""
-    low, high = CHUNK_RANGE[backend]
+def chunk_for(backend: str, dtype: torch.dtype, chunk: int | None) -> int:
+    """Tokens per chunk that `backend` takes where `chunk` are asked for; on Triton a power of two, 16 or more."""
     wanted = AUTO_CHUNK if chunk is None else chunk
     if backend == "triton":
-        wanted = 1 << (wanted - 1).bit_length()
-    return min(max(wanted, low), high)
+        return min(max(16, 1 << (wanted - 1).bit_length()), TRITON_LONGEST[dtype.itemsize])
+    return min(wanted, CPU_LONGEST)
 
 
 def _recurrence(
@@ -307,6 +309,11 @@ def _forward(
     dt_softplus: bool, dt_min: float, dt_max: float, reverse: bool, bidirectional: bool, chunk: int, save: bool,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    if x.numel() == 0:
+        return _forward_empty(
+            x, dt, A, B, C, D, z, dt_bias, initial_state, flags, cu_seqlens,
+            dt_softplus, dt_min, dt_max, reverse, bidirectional, chunk, save, backend,
+        )  # fmt: skip
     kernels, options = load(BACKENDS, backend), (dt_softplus, dt_min, dt_max)
     x, dt, A, B, C, D, z, dt_bias, initial_state, *walk = _for_kernels(
         x, dt, A, B, C, D, z, dt_bias, initial_state, flags, cu_seqlens
@@ -327,6 +334,13 @@ def _forward(
         y, ungated = ahead[0], ahead[3]
         final_state, checkpoints = torch.stack([ahead[1], back[1]]), torch.stack([ahead[2], back[2]])
     return y, final_state, checkpoints, absent(A) if ungated is None else ungated
+
+
+def _forward_empty(*args: Any) -> tuple[Tensor, ...]:
+    """No token of any head: the final state is the initial one."""
+    y, final_state, checkpoints, ungated = (output.zero_() for output in _forward_fake(*args))
+    initial_state = args[8]
+    return y, final_state if initial_state is None else final_state.copy_(initial_state), checkpoints, ungated
 
 
 def _for_kernels(*tensors: Tensor | None) -> tuple[Any, ...]:
@@ -384,8 +398,13 @@ def _backward(
     cu_seqlens: Tensor | None, checkpoints: Tensor, ungated: Tensor, dt_softplus: bool, dt_min: float, dt_max: float,
     reverse: bool, bidirectional: bool, chunk: int, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
+    like, inputs = x, (x, dt, A, B, C, D, z, dt_bias)
+    if x.numel() == 0:
+        dinitial = None
+        if initial_state is not None:
+            dinitial = torch.zeros_like(initial_state) if dfinal_state is None else dfinal_state.clone()
+        return present([*(None if t is None else torch.zeros_like(t) for t in inputs), dinitial], like)
     kernels, options = load(BACKENDS, backend), (dt_softplus, dt_min, dt_max)
-    like = x
     x, dt, A, B, C, D, z, dt_bias, initial_state, *walk = _for_kernels(
         x, dt, A, B, C, D, z, dt_bias, initial_state, flags, cu_seqlens
     )
@@ -408,7 +427,6 @@ def _backward(
     back = kernels.backward(
         dy, dsecond, x, dt, A, B, C, None, z, dt_bias, second, *walk, checkpoints[1], None, *options, True, chunk, True
     )
-    inputs = (x, dt, A, B, C, D, z, dt_bias)
     sums = [
         None if tensor is None else (f if r is None else f + r).to(tensor.dtype)
         for tensor, f, r in zip(inputs, ahead, back, strict=False)
