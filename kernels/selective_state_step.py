@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import acc_dtype, interpreted, on_device_of
-from .math import LOG2E, silu, softplus
+from .math import LOG2E, rounded, silu, softplus
 
 
 @triton.jit
@@ -48,8 +48,8 @@ def selective_state_step_kernel(
     if z_ptr is not None:
         y_D *= silu(tl.load(z_ptr + b * z_stride + d, mask=in_d, other=0.0).to(ACC))
 
-    tl.store(state_ptr + state_DN, h_DN, mask=in_DN & used)
-    tl.store(y_ptr + b * dim + d, tl.where(used, y_D, 0.0), mask=in_d)
+    tl.store(state_ptr + state_DN, rounded(h_DN, state_ptr), mask=in_DN & used)
+    tl.store(y_ptr + b * dim + d, rounded(tl.where(used, y_D, 0.0), y_ptr), mask=in_d)
 
 
 def step(
