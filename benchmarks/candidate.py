@@ -240,9 +240,14 @@ def time_waited() -> float:
     return total / 1e9
 
 
+def release_memory() -> None:
+    """Free what is unreachable, and hand free pages back to the system."""
+    gc.collect()
+    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
+
+
 def peak_of(call: Callable[[], object], device: str) -> int:
     """Highest memory, in bytes, that `call` adds to what the process holds."""
-    gc.collect()
     if device == "cuda":
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
@@ -251,7 +256,7 @@ def peak_of(call: Callable[[], object], device: str) -> int:
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
     # Free pages that malloc keeps would hide what the call needs: hand them back, then reset the high-water mark.
-    getattr(ctypes.CDLL(None), "malloc_trim", lambda _: 0)(0)
+    release_memory()
     Path("/proc/self/clear_refs").write_text("5")
     before = _status("VmRSS")
     call()

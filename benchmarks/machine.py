@@ -129,6 +129,13 @@ def capabilities() -> list[str]:
     return [] if native.why_not() else list(native.library().cpu_capabilities())
 
 
+def capability() -> str:
+    """The SIMD level in use; "none" without the compiled library."""
+    from ssmkit import native
+
+    return "none" if native.why_not() else str(native.library().cpu_capability())
+
+
 def caches() -> dict[str, str]:
     """Size of each cache of the first core, by level and type."""
     found = {}

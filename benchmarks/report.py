@@ -40,8 +40,7 @@ def cell_lines(cell: Mapping[str, Any]) -> list[str]:
 def setting(cell: Mapping[str, Any]) -> str:
     """Dtype, mode, threads and capability in words."""
     threads = f"{cell['threads']} thread" + "s" * (cell["threads"] > 1)
-    capability = "" if cell["capability"] == "auto" else f", {cell['capability']}"
-    return f"{cell['dtype']} {cell['mode']}, {threads}{capability}"
+    return f"{cell['dtype']} {cell['mode']}, {threads}, {cell['capability']}"
 
 
 def row_of(cell: Mapping[str, Any], row: Mapping[str, Any]) -> tuple[str, ...]:

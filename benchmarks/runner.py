@@ -141,7 +141,10 @@ class Runner:
             process.close()
 
     def _expect(self, base: Spec, scratch: Path) -> dict[tuple[str, str], Path]:
-        """Write what the reference gives for this shape and dtype; in forward mode too, for variants of that mode."""
+        """Write what the reference gives for this shape and dtype; in forward mode too, for variants of that mode.
+
+        A mode it cannot do (it ran out of memory) is left out: its cells then fail for want of the file.
+        """
         paths = {}
         for mode in {base.mode, "fwd"}:
             paths[base.dtype, mode] = path = scratch / f"{base.dtype}-{mode}.pt"
@@ -151,6 +154,8 @@ class Runner:
                     "ready", **asdict(replace(base, candidate=REFERENCE, mode=mode, threads=max(self.plan.threads)))
                 )
                 process.ask("save_expected", path=str(path))
+            except Unmeasured as reason:
+                self.say(f"  {REFERENCE}: {reason.status}: {reason}")
             finally:
                 process.close()
         return paths
@@ -160,26 +165,42 @@ class Runner:
 
     def _cell(self, label: str, spec: Spec, expected: dict[tuple[str, str], Path]) -> dict[str, Any]:
         """Check and time our op, then every variant and rival against it."""
-        plan, capability = self.plan, self.plan.capabilities[0]
+        capability = self.plan.capabilities[0]
         cell: dict[str, Any] = {
             "shape": label, "sizes": spec.sizes, "dtype": spec.dtype, "mode": spec.mode, "threads": spec.threads,
-            "capability": capability, "cost": self.bench.cost(spec.sizes, spec.torch_dtype, spec.mode), "rows": [],
+            "capability": machine.capability() if capability == "auto" else capability,
+            "cost": self.bench.cost(spec.sizes, spec.torch_dtype, spec.mode), "rows": [],
         }  # fmt: skip
         self.say(f"{label}: {spec.dtype} {spec.mode}, {spec.threads} thread{'s' * (spec.threads > 1)}")
+        ours: dict[str, Any] = {"name": OURS}
+        cell["rows"].append(ours)
         environment = self._environment(capability)
         try:
             base = self._worker(OURS, environment)
             base.ask("ready", **asdict(spec))
-            checked = base.ask("check", path=str(expected[spec.dtype, spec.mode]))
+            ours.update(base.ask("check", path=str(expected[spec.dtype, spec.mode])))
+            rounds = self._against_limit(cell, base, spec) + self._against_all(cell, base, spec, expected)
+            ours.update(
+                status="ok",
+                time=Summary.of([pair.base for pair in rounds]).plain(),
+                load=load_of(rounds),
+                memory=base.ask("peak_memory"),
+            )
+            base.ask("release")
+            self.say(f"  {OURS}: {1e3 * ours['time']['median']:.3g} ms")
         except Unmeasured as reason:
-            cell["rows"].append({"name": OURS, "status": reason.status, "reason": str(reason)})
+            ours.update(status=reason.status, reason=str(reason))
             self.say(f"  {OURS}: {reason.status}: {reason}")
             self._drop(OURS, environment)
-            return cell
-        ours: dict[str, Any] = {"name": OURS, "status": "ok", **checked}
-        cell["rows"].append(ours)
-        rounds = self._against_limit(cell, base, spec)
-        for variant in self._variants(spec, expected):
+        return cell
+
+    def _against_all(
+        self, cell: dict[str, Any], base: Process, spec: Spec, expected: dict[tuple[str, str], Path]
+    ) -> list[Pair]:
+        """Fill the cell's rows of variants and rivals; all pairs."""
+        plan = self.plan
+        rounds: list[Pair] = []
+        for variant in self._variants(spec):
             row, pairs = self._against(base, variant.label, variant.spec, variant.environment, expected)
             cell["rows"].append({**row, "variant": True})
             rounds += pairs
@@ -189,12 +210,7 @@ class Runner:
             note = self.bench.rival(name).note
             cell["rows"].append({**row, **({"note": note} if note else {})})
             rounds += pairs
-        ours["time"] = Summary.of([pair.base for pair in rounds]).plain()
-        ours["load"] = load_of(rounds)
-        ours["memory"] = base.ask("peak_memory")
-        base.ask("release")
-        self.say(f"  {OURS}: {1e3 * ours['time']['median']:.3g} ms")
-        return cell
+        return rounds
 
     def _against_limit(self, cell: dict[str, Any], base: Process, spec: Spec) -> list[Pair]:
         """Our op beside the machine's best rates, round by round."""
@@ -222,7 +238,7 @@ class Runner:
             }
         return pairs
 
-    def _variants(self, spec: Spec, expected: dict[tuple[str, str], Path]) -> Iterator[Variant]:
+    def _variants(self, spec: Spec) -> Iterator[Variant]:
         """What one run can tell of our own op besides: scaling, capabilities, dtypes, the share of backward."""
         plan = self.plan
         first = self._environment(plan.capabilities[0])

@@ -3,7 +3,6 @@
 The parent holds a `Worker` and asks it for one thing at a time; the child answers in JSON, one line each way.
 """
 
-import gc
 import json
 import os
 import selectors
@@ -15,7 +14,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
 
-from .candidate import Candidate, Declined, Spec, Wrong, exclusive, spent_by
+from .candidate import Candidate, Declined, Spec, Wrong, exclusive, release_memory, spent_by
 from .machine import measure_limits
 from .registry import Absent
 
@@ -102,7 +101,7 @@ class Server:
         """Let the candidate's memory go."""
         if self.candidate is not None:
             self.candidate = None
-            gc.collect()
+            release_memory()
 
     def save_expected(self, path: str) -> None:
         """Write the results for others to be checked against."""

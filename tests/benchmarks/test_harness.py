@@ -11,7 +11,20 @@ import pytest
 import torch
 
 import ssmkit.ops
-from benchmarks import Absent, Bench, Rival, cli, document, machine, register, registry, report, timing
+from benchmarks import (
+    Absent,
+    Bench,
+    Rival,
+    candidate,
+    cli,
+    document,
+    machine,
+    register,
+    registry,
+    report,
+    timing,
+    worker,
+)
 from benchmarks.candidate import Candidate, Spec, Wrong, peak_of
 from benchmarks.runner import Plan, Runner
 from benchmarks.timing import Pair, Summary
@@ -32,10 +45,10 @@ class InProcess:
         self.server = Server()
 
     def ask(self, command, timeout=0.0, **arguments):
-        candidate = self.server.candidate
-        self.asked.append((command, arguments.get("candidate") or (candidate and candidate.spec.candidate)))
+        held = self.server.candidate
+        self.asked.append((command, arguments.get("candidate") or (held and held.spec.candidate)))
         if command in ("window", "limits"):
-            wall = SECONDS.get(candidate.spec.candidate, 0.02) * arguments.get("calls", 1)
+            wall = SECONDS.get(held.spec.candidate, 0.02) * arguments.get("calls", 1)
             rates = {"copy": 1e10, "exp": 1e9, "fma": 1e10}
             window = {"wall": wall, "cpu": wall, "waited": 0.0, "busy": wall}
             return window | ({"rates": rates} if command == "limits" else {})
@@ -50,6 +63,9 @@ def run(monkeypatch):
     """Run a plan on the toy benchmark in this process, without sleeping."""
     monkeypatch.setattr(InProcess, "asked", [])
     monkeypatch.setattr(timing, "SETTLE_S", 0.0)
+    # Collecting garbage at every turn takes most of the time here; a test of its own measures memory.
+    monkeypatch.setattr(candidate, "release_memory", lambda: None)
+    monkeypatch.setattr(worker, "release_memory", lambda: None)
     threads = torch.get_num_threads()
 
     def run(**plan):
@@ -143,6 +159,17 @@ def test_shapes_then_sweep(run):
     assert results["cells"][2]["cost"] == {"bytes_moved": 1024.0, "fmas": 128.0}
 
 
+def test_a_reference_that_fails_leaves_its_cells_untimed(run, monkeypatch):
+    def save_expected(self, path):
+        raise MemoryError("too large")
+
+    monkeypatch.setattr(Server, "save_expected", save_expected)
+    found = rows(run())
+    assert found["ssmkit"]["status"] == "failed"
+    assert "No such file" in found["ssmkit"]["reason"]
+    assert not [asked for asked in InProcess.asked if asked[0] == "window"]
+
+
 def test_what_a_run_reports(run):
     results = run()
     cell = results["cells"][0]
@@ -153,7 +180,13 @@ def test_what_a_run_reports(run):
     assert rows(results)["right"]["ratio"]["median"] == pytest.approx(2.0)
     assert ours["memory"]["tensors"] == 2 * 4 * 8 * 4
     written = report.text(results)
-    for part in ("few rows (rows 4): float32 fwd, 1 thread", "ssmkit", "wrong", "bound by memory", results["commit"]):
+    for part in (
+        f"few rows (rows 4): float32 fwd, 1 thread, {machine.capability()}",
+        "ssmkit",
+        "wrong",
+        "bound by memory",
+        results["commit"],
+    ):
         assert part in written
 
 
@@ -298,7 +331,7 @@ def test_results_survive_json_and_become_a_page_and_a_plot(run, tmp_path):
     report.write_json(results, tmp_path / "results" / results["folder"] / "doubled.json")
     page = document.document(tmp_path / "results")
     assert f"Commit {results['commit']}" in page
-    assert "### doubled: float32 fwd, 2 threads" in page
+    assert "### doubled: float32 fwd, 2 threads, " in page
     assert "| few rows (4) | 10 ms |" in page
     assert "| wrong |" in page
     report.plot(results, tmp_path / "plot.png")
@@ -313,27 +346,27 @@ def test_a_worker_process(tmp_path):
     """One process through its life: ready, checked, timed, measured, and a candidate that takes it down."""
     spec = asdict(Spec(module=MODULE, bench="doubled", sizes={"rows": 4}, mode="fwdbwd"))
     path = str(tmp_path / "expected.pt")
-    worker = Worker({})
+    process = Worker({})
     try:
-        worker.ask("ready", **{**spec, "candidate": "reference"})
-        worker.ask("save_expected", path=path)
-        worker.ask("ready", **{**spec, "candidate": "right"})
-        assert worker.ask("check", path=path) == {"errors": {"y": 0.0, "dx": 0.0}, "notes": []}
-        window = worker.ask("window", calls=3, alone=False)
+        process.ask("ready", **{**spec, "candidate": "reference"})
+        process.ask("save_expected", path=path)
+        process.ask("ready", **{**spec, "candidate": "right"})
+        assert process.ask("check", path=path) == {"errors": {"y": 0.0, "dx": 0.0}, "notes": []}
+        window = process.ask("window", calls=3, alone=False)
         assert window["wall"] > 0
         assert window["cpu"] > 0
-        assert worker.ask("peak_memory")["tensors"] == 4 * 4 * 8 * 4
-        worker.ask("ready", **{**spec, "candidate": "wrong"})
+        assert process.ask("peak_memory")["tensors"] == 4 * 4 * 8 * 4
+        process.ask("ready", **{**spec, "candidate": "wrong"})
         with pytest.raises(Unmeasured) as wrong:
-            worker.ask("check", path=path)
+            process.ask("check", path=path)
         assert wrong.value.status == "wrong"
-        worker.ask("ready", **{**spec, "candidate": "dies"})
+        process.ask("ready", **{**spec, "candidate": "dies"})
         with pytest.raises(Unmeasured, match="ended with status 3"):
-            worker.ask("check", path=path)
+            process.ask("check", path=path)
         with pytest.raises(Unmeasured, match="ended"):
-            worker.ask("window", calls=1, alone=False)
+            process.ask("window", calls=1, alone=False)
     finally:
-        worker.close()
+        process.close()
 
 
 def test_absent_is_said_by_the_rival_itself():
