@@ -29,13 +29,17 @@ def step_inputs(batch: int, d_model: int, n_layer: int, *, dtype: torch.dtype, d
     return {"tokens": tokens.to(device), **{name: t.to(device) for name, t in kept.items()}}
 
 
+def depth_of(inputs: dict[str, Any]) -> int:
+    """Number of layers."""
+    return 1 + max(int(name.split(".")[2]) for name in inputs if name.startswith("backbone.layers."))
+
+
 def stack_of(inputs: dict[str, Any], **options: Any) -> MambaStack:
     """Our layers with these weights, which are shared, not copied."""
     weights = {name.removeprefix("backbone."): t for name, t in inputs.items() if name.startswith("backbone.")}
     width = weights.pop("embeddings.weight").shape[1]
-    depth = 1 + max(int(name.split(".")[1]) for name in weights if name.startswith("layers."))
     with torch.device("meta"):
-        stack = MambaStack(width, depth, **options)
+        stack = MambaStack(width, depth_of(inputs), **options)
     stack.load_state_dict(weights, assign=True)
     return stack.requires_grad_(False)
 
@@ -56,7 +60,8 @@ def reference(**inputs: Any) -> Tensor:
 def transformers_step(inputs: dict[str, Any]) -> Prepared:
     """MambaForCausalLM with its cache, as `generate` calls it; the first call, which is checked, fills the cache."""
     package = importlib.import_module("transformers.models.mamba")
-    config = package.MambaConfig(hidden_size=inputs["backbone.embeddings.weight"].shape[1], vocab_size=VOCABULARY)
+    width, depth = inputs["backbone.embeddings.weight"].shape[1], depth_of(inputs)
+    config = package.MambaConfig(hidden_size=width, num_hidden_layers=depth, vocab_size=VOCABULARY)
     with torch.device("meta"):
         model = package.MambaForCausalLM(config)
     weights = {name: t for name, t in inputs.items() if name != "tokens"}
