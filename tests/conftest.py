@@ -1,8 +1,26 @@
 """Triton's interpreter stands in where there is no GPU; it must be chosen before triton is imported."""
 
+import importlib.util
 import os
 
 import torch
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def patch_the_language_once() -> None:
+    """Interpreted kernels take half as long: one jit function calling another patches triton.language all over again."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def call(self, *args, **kwargs):
+        if tl.core.is_builtin(tl.full) or tl.core.is_builtin(tl.core.full):
+            interpreter._patch_lang(self.fn)
+        return self.rewrite()(*args, **kwargs)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    patch_the_language_once()
