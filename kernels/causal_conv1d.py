@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import acc_dtype, interpreted, on_device_of, sum_parts
-from .math import silu, silu_grad
+from .math import rounded, silu, silu_grad
 
 RESTART, PAD = tl.constexpr(1), tl.constexpr(2)  # bits of `flags`
 CUT, SKIPPED = tl.constexpr(-1), tl.constexpr(-2)  # links: nothing on that side, the token is a pad
@@ -185,7 +185,7 @@ def causal_conv1d_fwd_kernel(
         if prev_ptr is not None:
             pad = tl.load(prev_ptr + token, mask=in_L, other=CUT) == SKIPPED
             acc_LD = tl.where(pad[:, None], 0.0, acc_LD)
-        tl.store(at(y_ptr, token, dim, d), acc_LD, mask=in_L[:, None] & in_d[None, :])
+        tl.store(at(y_ptr, token, dim, d), rounded(acc_LD, y_ptr), mask=in_L[:, None] & in_d[None, :])
     else:
         # Entry i of a final state lies width-1-i steps before the end of its sequence.
         entry = (block - y_programs) * BLOCK_L + tl.arange(0, BLOCK_L)
@@ -198,7 +198,7 @@ def causal_conv1d_fwd_kernel(
         else:
             row = tl.where(in_L, row_at(seqlen - steps, sequence, tokens, seqlen, WIDTH, HAS_STATE, REVERSE), -1)
         x_LD = load_rows(x_ptr, initial_state_ptr, row, d, in_d, tokens, x_stride, dim, HAS_STATE, ACC)
-        tl.store(at(final_state_ptr, entry, dim, d), x_LD, mask=in_L[:, None] & in_d[None, :])
+        tl.store(at(final_state_ptr, entry, dim, d), rounded(x_LD, final_state_ptr), mask=in_L[:, None] & in_d[None, :])
 
 
 @triton.jit(do_not_specialize=["tokens", "seqlen", "rows", "tiles"])
@@ -278,10 +278,10 @@ def causal_conv1d_bwd_kernel(
                 at_end = (ahead >= tokens)[:, None] & in_d[None, :]
                 dx_LD += tl.load(at(dfinal_state_ptr, slot, dim, d), mask=at_end, other=0.0).to(ACC)
 
-        tl.store(at(dx_ptr, row, dim, d), dx_LD, mask=is_token[:, None] & in_d[None, :])
+        tl.store(at(dx_ptr, row, dim, d), rounded(dx_LD, dx_ptr), mask=is_token[:, None] & in_d[None, :])
         if HAS_STATE:
             is_entry = ((row >= tokens) & (row < rows))[:, None] & in_d[None, :]
-            tl.store(at(dinitial_state_ptr, entry, dim, d), dx_LD, mask=is_entry)
+            tl.store(at(dinitial_state_ptr, entry, dim, d), rounded(dx_LD, dinitial_state_ptr), mask=is_entry)
 
     part = tl.program_id(0) * (WIDTH + 1) + taps
     tl.store(at(parts_ptr, part, dim, d), dparameter_WD, mask=(taps <= WIDTH)[:, None] & in_d[None, :])

@@ -213,3 +213,54 @@ def selective_state_step_inputs(
     inputs = selective_scan_inputs(batch, 1, dim, dstate, optional=(*optional, "initial_state"), **options)
     rows = {k: v.squeeze(1) for k, v in inputs.items() if k in ("x", "dt", "B", "C", "z")}
     return {"state": inputs.pop("initial_state")} | inputs | rows
+
+
+def causal_conv1d_inputs(
+    batch: int,
+    seqlen: int,
+    dim: int,
+    width: int,
+    *,
+    nseq: int | None = None,
+    activation: str | None = "silu",
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    optional: tuple[str, ...] = ("bias", "initial_state"),
+    requires_grad: bool = True,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Keyword inputs of `causal_conv1d`, drawn on the CPU from `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=acc).to(kind)
+
+    inputs = {
+        "x": normal(batch, seqlen, dim),
+        "weight": normal(dim, width, kind=acc) / width**0.5,
+        "bias": normal(dim, kind=acc),
+        "initial_state": normal(batch if nseq is None else nseq, width - 1, dim),
+    }
+    kept = {k: v.to(device) for k, v in inputs.items() if k in ("x", "weight") or k in optional}
+    return {**{k: v.requires_grad_(requires_grad) for k, v in kept.items()}, "activation": activation}
+
+
+def causal_conv1d_step_inputs(
+    batch: int,
+    dim: int,
+    width: int,
+    *,
+    seqlen: int | None = None,
+    state_len: int | None = None,
+    optional: tuple[str, ...] = ("bias",),
+    **options: Any,
+) -> dict[str, Any]:
+    """Keyword inputs of `causal_conv1d_step`: one token, or `seqlen` of them, and a state of width - 1 or `state_len`."""
+    options = {"requires_grad": False, "optional": (*optional, "initial_state")} | options
+    inputs = causal_conv1d_inputs(batch, 1 if seqlen is None else seqlen, dim, width, **options)
+    state = inputs.pop("initial_state")
+    if state_len is not None:
+        longer = causal_conv1d_inputs(batch, 1, dim, state_len + 1, **(options | {"seed": options.get("seed", 0) + 1}))
+        state = longer["initial_state"]
+    return inputs | {"x": inputs["x"].squeeze(1) if seqlen is None else inputs["x"], "state": state}
