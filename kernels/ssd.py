@@ -57,6 +57,8 @@ class Walk(NamedTuple):
 
 
 class Sizes(NamedTuple):
+    """Of one token."""
+
     nheads: int
     heads_per_group: int
     headdim: int
@@ -319,9 +321,7 @@ class Plan:
         self.block_p, self.block_n = block(self.headdim, 64 if half else 32), block(self.dstate, 64 if half else 32)
         self.narrow_p, self.narrow_n = block(self.headdim, 32), block(self.dstate, 32 if half else 16)
 
-    def states(
-        self, dy: Tensor | None, initial: Tensor | None, states: Tensor | None, final: Tensor | None
-    ) -> None:
+    def states(self, dy: Tensor | None, initial: Tensor | None, states: Tensor | None, final: Tensor | None) -> None:
         """The state kernel; with dy that of the gradient of the state."""
         # A program holds one tile of the state; small tiles give batch x heads programs enough to fill a device.
         block_p, block_n = self.narrow_p, self.block_n

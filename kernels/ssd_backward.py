@@ -15,7 +15,19 @@ from torch import Tensor
 
 from .launch import multiprocessors, on_device_of, sum_parts
 from .math import rounded, silu_grad
-from .ssd import Plan, decays_of, dot, load_dy, load_rows, mask_of, row_stride, sequence_at, sequence_of, steps_of, tokens_of
+from .ssd import (
+    Plan,
+    decays_of,
+    dot,
+    load_dy,
+    load_rows,
+    mask_of,
+    row_stride,
+    sequence_at,
+    sequence_of,
+    steps_of,
+    tokens_of,
+)
 
 
 @triton.jit(do_not_specialize=["dy_row"])

@@ -41,7 +41,13 @@ def forward(
     inputs = (x, dt, A, B, C, D, z, dt_bias, initial_state, flags, cu_seqlens)
     library().ssd_forward(
         *_described(inputs, nseq, dt_softplus, (dt_min, dt_max), reverse, chunk, wide),
-        (pointer(addend), y.data_ptr(), final_state.data_ptr(), pointer(checkpoints if save else None), pointer(ungated)),
+        (
+            pointer(addend),
+            y.data_ptr(),
+            final_state.data_ptr(),
+            pointer(checkpoints if save else None),
+            pointer(ungated),
+        ),
     )
     return y, final_state, checkpoints, ungated
 

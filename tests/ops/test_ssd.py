@@ -84,7 +84,10 @@ OPTIONS = {
     "pads": ({}, {"mask": PADS}),
     "pads and resets, reversed": ({"ngroups": 2}, {"mask": PADS, "resets": RESETS, "reverse": True}),
     "bidirectional": ({"walks": 2}, {"bidirectional": True}),
-    "bidirectional, pads, resets": ({"walks": 2, "ngroups": 2}, {"bidirectional": True, "mask": PADS, "resets": RESETS}),
+    "bidirectional, pads, resets": (
+        {"walks": 2, "ngroups": 2},
+        {"bidirectional": True, "mask": PADS, "resets": RESETS},
+    ),
     "chunks of one": ({}, {"chunk": 1}),
     "chunks of 17": ({}, {"chunk": 17, "resets": RESETS}),
     "a chunk longer than the sequence": ({}, {"chunk": 1000, "resets": RESETS}),
@@ -449,7 +452,9 @@ def test_export(backend):
         return tuple(inputs[name] for name in ("x", "dt", "A", "B", "C"))
 
     length = torch.export.Dim("length", min=2, max=64)
-    program = torch.export.export(Layer(), args(9), dynamic_shapes=({1: length}, {1: length}, {}, {1: length}, {1: length}))
+    program = torch.export.export(
+        Layer(), args(9), dynamic_shapes=({1: length}, {1: length}, {}, {1: length}, {1: length})
+    )
     torch.testing.assert_close(program.module()(*args(17)), Layer()(*args(17)))
 
 
