@@ -109,7 +109,7 @@ def ssd(
         x, dt, A, B, C, D, z, dt_bias, dt_limit, initial_state, resets, mask, cu_seqlens, reverse, bidirectional, chunk
     )
     acc = acc_dtype(x.dtype)
-    A, dt_bias, initial_state = (None if t is None else t.to(acc) for t in (A, dt_bias, initial_state))
+    A, (dt_bias, initial_state) = A.to(acc), (None if t is None else t.to(acc) for t in (dt_bias, initial_state))
     D = None if D is None else (D if D.ndim == 2 else D[:, None]).to(acc).expand(*x.shape[2:])
     dt_min, dt_max = map(float, dt_limit)
 
@@ -185,7 +185,8 @@ def check(
         check_cu_seqlens(cu_seqlens, batch, seqlen)
         nseq = cu_seqlens.shape[0] - 1
     if initial_state is not None:
-        shape, axes = (nseq, nheads, headdim, dstate), "nseq, nheads, headdim, dstate"
+        shape: tuple[int, ...] = (nseq, nheads, headdim, dstate)
+        axes = "nseq, nheads, headdim, dstate"
         if bidirectional:
             shape, axes = (2, *shape), f"walks, {axes}"
         check_shape("initial_state", initial_state, shape, axes)
@@ -300,7 +301,7 @@ def ssd_ref(
 
 def ssd_quadratic(*args: Any) -> tuple[Tensor, Tensor]:
     """`ssd_ref` in its dual form: memory and time grow with the square of the length."""
-    return ssd_ref(*args, form=_quadratic)
+    return ssd_ref(*args, _quadratic)
 
 
 def _forward(
@@ -336,11 +337,12 @@ def _forward(
     return y, final_state, checkpoints, absent(A) if ungated is None else ungated
 
 
-def _forward_empty(*args: Any) -> tuple[Tensor, ...]:
+def _forward_empty(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """No token of any head: the final state is the initial one."""
-    y, final_state, checkpoints, ungated = (output.zero_() for output in _forward_fake(*args))
+    y, final_state, checkpoints, ungated = _forward_fake(*args)
     initial_state = args[8]
-    return y, final_state if initial_state is None else final_state.copy_(initial_state), checkpoints, ungated
+    final_state = final_state.zero_() if initial_state is None else final_state.copy_(initial_state)
+    return y, final_state, checkpoints.zero_(), ungated
 
 
 def _for_kernels(*tensors: Tensor | None) -> tuple[Any, ...]:
