@@ -173,8 +173,8 @@ class TrajectoryTask(pl.LightningModule):
                 {"params": groups[False], "weight_decay": 0.0},
             ],
             lr=self.options.lr,
-            # Lightning cannot clip gradients that a fused optimiser unscales itself.
-            fused=self.hardware.precision != "16-mixed",
+            # Under mixed precision Lightning refuses to clip the gradients of a fused optimiser.
+            fused="mixed" not in self.hardware.precision,
         )
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, self.options.lr_factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}

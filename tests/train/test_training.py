@@ -18,7 +18,8 @@ pytest.importorskip("lightning")
 
 from lightning.pytorch.callbacks import Callback
 
-from ssmkit.data import record_pendulum
+from ssmkit.data import PendulumEnvironment, record_episodes, record_pendulum
+from ssmkit.data.pendulum import expert_torque
 from ssmkit.models.trajectory import trajectory_model
 from ssmkit.train.checkpoint import LAST, RunError, load_checkpoint
 from ssmkit.train.report import learning_curve
@@ -89,7 +90,8 @@ TRAINING = textwrap.dedent(
     import sys
     sys.path.insert(0, {tests!r})
     from train.test_training import CPU, TrainOptions, make
-    from ssmkit.data import record_pendulum
+    from ssmkit.data import PendulumEnvironment, record_episodes, record_pendulum
+from ssmkit.data.pendulum import expert_torque
     from ssmkit.train.trajectory import fit
     data = record_pendulum(episodes=4)
     options = TrainOptions(steps={steps}, batch_size=4, checkpoint_every=3, seed=3)
@@ -140,12 +142,13 @@ def test_the_learning_curve_of_a_resumed_run_is_whole(tmp_path):
 
 
 def test_training_lowers_the_loss(tmp_path):
-    """On a rule that a memory of one step suffices for."""
-    data = record_pendulum(episodes=20)
-    options = TrainOptions(steps=60, batch_size=16, lr=3e-3, warmup=5, refine_limit=0.0, checkpoint_every=100)
+    """On a controller without noise, whose rule the observations tell."""
+    env = PendulumEnvironment()
+    data = record_episodes(env, lambda o, rng: expert_torque(env.theta, env.velocity)[:, None], range(20))
+    options = TrainOptions(steps=80, batch_size=16, lr=3e-3, warmup=5, refine_limit=0.0, checkpoint_every=100)
     train(make(data, dim=32, max_timestep=200, embedding="linear"), data, tmp_path, options)
     _, losses = learning_curve(tmp_path, "action_loss")
-    assert np.mean(losses[-2:]) < 0.7 * losses[0]
+    assert np.mean(losses[-2:]) < 0.5 * losses[0]
 
 
 def test_labels_are_refined_by_the_stage_before(tmp_path):
