@@ -26,7 +26,8 @@ struct Weight {
   }
 };
 
-// h <- exp2(A dt) h + dtx B and y += C h for kStates states over the tokens [begin, end) of the buffers.
+// h <- exp2(A dt) h + dtx B and y += C h for kStates states over the tokens [begin, end) of the buffers. It is dt that
+// comes times log2(e): a rounding of A would pull every decay of a state in the same direction.
 template <typename T, int kStates, bool kLaneB, bool kLaneC, bool kOutput>
 void walk_states(int begin, int end, const T* A, T* state, const T* dt, const T* dtx, Weight<T, kLaneB> B,
                  Weight<T, kLaneC> C, T* y) {
@@ -101,7 +102,7 @@ class ForwardPart {
         tile_(3 * (kChunk + 1) * V) {
     for (int b = 0; b < part.blocks; ++b) {
       const auto [channel, lanes] = plan.block(part, b);
-      gather_states(A_ + b * size_, static_cast<const T*>(p.A) + channel * p.dstate, lanes, p.dstate, kLog2e<T>);
+      gather_states(A_ + b * size_, static_cast<const T*>(p.A) + channel * p.dstate, lanes, p.dstate);
       if (!p.B_groups) gather_states(B_ + b * size_, static_cast<const T*>(p.B) + channel * p.dstate, lanes, p.dstate);
       if (!p.C_groups) gather_states(C_ + b * size_, static_cast<const T*>(p.C) + channel * p.dstate, lanes, p.dstate);
       const Vec<T> zero(T(0));
@@ -186,24 +187,34 @@ class ForwardPart {
 
   void fill_chunk(const Sequence& sequence, std::int64_t k) {
     chunk_.fill(walk_, sequence, k);
-    const std::int64_t N = p_.dstate;
+    const std::int64_t N = p_.dstate, next = k + 1 < sequence.chunks() ? (k + 1) * kChunk : k * kChunk;
     for (int t = 0; t < chunk_.count; ++t) {
       const std::int64_t row = chunk_.row[t];
+      next_row_[t] = next + t < sequence.length ? walk_.row(sequence, next + t) : row;
       if (p_.B_groups) widen(B_ + t * N, static_cast<const In*>(p_.B) + row * p_.B_stride + part_.B_group * N, N);
       if (p_.C_groups) widen(C_ + t * N, static_cast<const In*>(p_.C) + row * p_.C_stride + part_.C_group * N, N);
     }
   }
 
+  // Rows lie too far apart for the hardware to see a pattern, so the lines that the next block will touch (after the
+  // last block: the first block of the next chunk) are asked for while this one is worked on.
   void prologue(int b, std::int64_t channel, int lanes) {
-    const Vec<T> bias_b = load(bias(b)), D_b = load(D(b));
-    const In* x = static_cast<const In*>(p_.x) + channel;
-    const In* dt_in = static_cast<const In*>(p_.dt) + channel;
+    const Vec<T> bias_b = load(bias(b)), D_b = load(D(b)), log2e(kLog2e<T>);
+    const In *x = static_cast<const In*>(p_.x), *dt_in = static_cast<const In*>(p_.dt);
+    const In *z = static_cast<const In*>(p_.z), *out = static_cast<const In*>(p_.y);
+    const bool last = b + 1 == part_.blocks;
+    const std::int64_t* next_row = last ? next_row_ : chunk_.row;
+    const std::int64_t next_channel = plan_.block(part_, last ? 0 : b + 1).channel;
     for (int t = 0; t < chunk_.count; ++t) {
       const std::int64_t row = chunk_.row[t];
-      Vec<T> dt_t = load_lanes(dt_in + row * p_.dt_stride, lanes) + bias_b;
+      __builtin_prefetch(x + next_row[t] * p_.x_stride + next_channel, 0, 2);
+      __builtin_prefetch(dt_in + next_row[t] * p_.dt_stride + next_channel, 0, 2);
+      __builtin_prefetch(out + next_row[t] * p_.dim + next_channel, 1, 2);
+      if (z) __builtin_prefetch(z + next_row[t] * p_.z_stride + next_channel, 0, 2);
+      Vec<T> dt_t = load_lanes(dt_in + row * p_.dt_stride + channel, lanes) + bias_b;
       if (p_.dt_softplus) dt_t = softplus(dt_t);
-      const Vec<T> x_t = load_lanes(x + row * p_.x_stride, lanes);
-      store(dt() + t * V, dt_t);
+      const Vec<T> x_t = load_lanes(x + row * p_.x_stride + channel, lanes);
+      store(dt() + t * V, dt_t * log2e);
       store(dtx() + t * V, dt_t * x_t);
       store(y() + t * V, D_b * x_t);
     }
@@ -247,9 +258,10 @@ class ForwardPart {
   const Part& part_;
   Walk walk_;
   std::int64_t size_;                // of one block's states
-  Scratch<T> A_, B_, C_, vectors_;   // A log2(e); B, C of the chunk [token][state], or constant [block][state][lane]
-  Scratch<T> tile_;                  // dt, dt x, y: [token][lane]
+  Scratch<T> A_, B_, C_, vectors_;   // A; B, C of the chunk [token][state], or constant [block][state][lane]
+  Scratch<T> tile_;                  // dt log2(e), dt x, y: [token][lane]
   Chunk chunk_;
+  std::int64_t next_row_[kChunk];    // of the next chunk, where to look ahead
 };
 
 // Every sequence walked from end to end by one thread.

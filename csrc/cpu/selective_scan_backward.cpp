@@ -21,7 +21,7 @@ constexpr int kPitch = kChunk + 1;  // tokens; one line more than a power of two
 // The state-independent numbers of one chunk of one block, [token][lane].
 template <typename T>
 struct Tile {
-  const T *dt, *dtx, *dy;  // dt, dt x, dy (through the gate)
+  const T *dt, *dtx, *dy;  // dt log2(e), dt x, dy (through the gate)
   T *gB, *qA, *y;          // sum_n g B, sum_n q A, sum_n C h (only with a gate)
 };
 
@@ -149,7 +149,7 @@ class BackwardPart {
     if (!p.C_groups) fill<T>(dC_, size_ * part_.blocks, T(0));
     for (int b = 0; b < part_.blocks; ++b) {
       const auto [channel, lanes] = plan.block(part_, b);
-      gather_states(A_ + b * size_, static_cast<const T*>(p.A) + channel * p.dstate, lanes, p.dstate, kLog2e<T>);
+      gather_states(A_ + b * size_, static_cast<const T*>(p.A) + channel * p.dstate, lanes, p.dstate);
       if (!p.B_groups) gather_states(B_ + b * size_, static_cast<const T*>(p.B) + channel * p.dstate, lanes, p.dstate);
       if (!p.C_groups) gather_states(C_ + b * size_, static_cast<const T*>(p.C) + channel * p.dstate, lanes, p.dstate);
       const Vec<T> zero(T(0));
@@ -239,7 +239,7 @@ class BackwardPart {
       const std::int64_t at = c * p_.dstate * p_.dim + channel;
       for (std::int64_t n = 0; n < p_.dstate; ++n) {
         const std::int64_t from = b * size_ + n * V;
-        store_lanes(partial_.dA + at + n * p_.dim, load(dA_ + from), lanes);
+        store_lanes(partial_.dA + at + n * p_.dim, load(dA_ + from) * Vec<T>(kLn2<T>), lanes);
         if (!p_.B_groups) store_lanes(partial_.dB + at + n * p_.dim, load(dB_ + from), lanes);
         if (!p_.C_groups) store_lanes(partial_.dC + at + n * p_.dim, load(dC_ + from), lanes);
       }
@@ -268,7 +268,7 @@ class BackwardPart {
   }
 
   void prologue(int b, std::int64_t channel, int lanes) {
-    const Vec<T> bias = load(vector(b, kBias)), D = load(vector(b, kD)), zero(T(0)), one(T(1));
+    const Vec<T> bias = load(vector(b, kBias)), D = load(vector(b, kD)), zero(T(0)), one(T(1)), log2e(kLog2e<T>);
     const In* x_in = static_cast<const In*>(p_.x) + channel;
     const In* dt_in = static_cast<const In*>(p_.dt) + channel;
     const In* dy_in = static_cast<const In*>(p_.dy) + channel;
@@ -284,7 +284,7 @@ class BackwardPart {
         store(tile(kY) + t * V, D * x);
         dy = dy * silu(load_lanes(z_in + row * p_.z_stride, lanes));
       }
-      store(tile(kDt) + t * V, dt);
+      store(tile(kDt) + t * V, dt * log2e);
       store(tile(kDtx) + t * V, dt * x);
       store(tile(kDy) + t * V, dy);
       store(tile(kX) + t * V, x);
@@ -295,7 +295,7 @@ class BackwardPart {
   }
 
   void epilogue(int b, std::int64_t channel, int lanes) {
-    const Vec<T> D = load(vector(b, kD)), zero(T(0)), ln2(static_cast<T>(0.693147180559945309417));
+    const Vec<T> D = load(vector(b, kD)), zero(T(0)), ln2(kLn2<T>);
     In *dx_out = static_cast<In*>(p_.dx) + channel, *ddt_out = static_cast<In*>(p_.ddt) + channel;
     In* dz_out = static_cast<In*>(p_.dz) + channel;
     const In* z_in = static_cast<const In*>(p_.z) + channel;
@@ -304,8 +304,8 @@ class BackwardPart {
       const std::int64_t row = chunk_.row[t];
       const Vec<T> dt = load(tile(kDt) + t * V), dy = load(tile(kDy) + t * V), x = load(tile(kX) + t * V);
       const Vec<T> gB = load(tile(kGB) + t * V), qA = load(tile(kQA) + t * V);
-      const Vec<T> ddt = fma(x, gB, qA * ln2) * load(tile(kSlope) + t * V);  // A came times log2(e)
-      store_lanes(dx_out + row * p_.dim, fma(dt, gB, D * dy), lanes);
+      const Vec<T> ddt = fma(x, gB, qA) * load(tile(kSlope) + t * V);
+      store_lanes(dx_out + row * p_.dim, fma(dt * ln2, gB, D * dy), lanes);
       store_lanes(ddt_out + row * p_.dim, ddt, lanes);
       dD = fma(dy, x, dD);
       dbias += ddt;

@@ -108,10 +108,10 @@ SSMKIT_INLINE void store_lanes(In* p, Vec<acc_t<In>> v, int lanes) {
 
 // (lanes, dstate) in memory <-> [dstate][lane] in the buffer; unused lanes are 0.
 template <typename T>
-inline void gather_states(T* buffer, const T* from, int lanes, std::int64_t dstate, T scale = T(1)) {
+inline void gather_states(T* buffer, const T* from, int lanes, std::int64_t dstate) {
   constexpr int V = Vec<T>::size;
   for (std::int64_t n = 0; n < dstate; ++n)
-    for (int i = 0; i < V; ++i) buffer[n * V + i] = i < lanes ? from[i * dstate + n] * scale : T(0);
+    for (int i = 0; i < V; ++i) buffer[n * V + i] = i < lanes ? from[i * dstate + n] : T(0);
 }
 template <typename T>
 inline void scatter_states(T* to, const T* buffer, int lanes, std::int64_t dstate) {

@@ -63,6 +63,7 @@ SSMKIT_INLINE Vec<float> exp2(Vec<float> x) {
 }
 
 template <typename T> constexpr T kLog2e = static_cast<T>(1.44269504088896340736);
+template <typename T> constexpr T kLn2 = static_cast<T>(0.693147180559945309417);
 
 // e^x, the argument reduced in two parts so that the error does not grow with |x|.
 SSMKIT_INLINE Vec<float> exp(Vec<float> x) {
