@@ -9,6 +9,7 @@ Numbers follow Dao & Gu 2024, "Transformers are SSMs", arXiv:2405.21060.
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -299,9 +300,8 @@ def ssd_ref(
     return y.to(x.dtype), final_state.to(acc_dtype(x.dtype))
 
 
-def ssd_quadratic(*args: Any) -> tuple[Tensor, Tensor]:
-    """`ssd_ref` in its dual form: memory and time grow with the square of the length."""
-    return ssd_ref(*args, _quadratic)
+# The op in its dual form: memory and time grow with the square of the length.
+ssd_quadratic = partial(ssd_ref, form=_quadratic)
 
 
 def _forward(
