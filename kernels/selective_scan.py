@@ -28,7 +28,7 @@ from .selective_scan_walk import (
     channels_of,
     launch_of,
     load_constant,
-    load_outer,
+    load_dy_and_z,
     load_token,
     load_vector,
     load_weights,
@@ -168,7 +168,7 @@ def selective_scan_local_kernel(
             token = load_token(tokens, walk, first, length, p, done + i < count, d, in_d, REVERSE)
             row, mask_D, u_D, z_D = token[0], token[3], token[4], None
             if BACKWARD:
-                u_D, z_D = load_outer(dy_ptr, dy_row, tokens, row, d, mask_D)
+                u_D, z_D = load_dy_and_z(dy_ptr, dy_row, tokens, row, d, mask_D)
             loaded += ((token, u_D, z_D),)
 
         for i in tl.static_range(TOKENS):
@@ -234,10 +234,11 @@ def selective_scan_bwd_kernel(
 
     dy (batch, seqlen, dim)   dfinal_state (nseq, dim, dstate) or None   checkpoints (slots, dim, dstate)
     states (nseq * nsplits, dim, dstate): the gradient that enters the end of each split; None: dfinal_state enters
-    scratch (nseq * nsplits, 64 / STEP + STEP, dim, dstate)
+    scratch (nhomes, 64 / STEP + STEP, dim, dstate): a home per split that has tokens
 
     A chunk of 64 tokens is taken in steps of STEP tokens: a walk through the chunk leaves the state before each step in
-    scratch; then step by step, last step first, another leaves the state before each of its tokens.
+    scratch; then step by step, last step first, another leaves the state before each of its tokens. The barriers stand
+    between writing scratch and reading it.
     """
     ACC: tl.constexpr = A_ptr.dtype.element_ty
     SLOTS: tl.constexpr = CHECKPOINT_EVERY // STEP + STEP
@@ -245,6 +246,7 @@ def selective_scan_bwd_kernel(
     seq, split, begin, end, first, length, slot = split_of(walk, part, sizes, seqlen)
     n, in_n, in_ND, at_ND = tile_of(d, in_d, dstate, BLOCK_N)
     at_B, at_C = run // sizes.B_share * dstate + n, run // sizes.C_share * dstate + n
+    home = part if walk.cu_seqlens is None else first // sizes.span + seq + split
 
     A_ND = tl.load(A_ptr + at_ND, mask=in_ND, other=0.0) * LOG2E
     B_const = load_constant(tokens.B, tokens.B_row, at_ND, in_ND)
@@ -267,7 +269,7 @@ def selective_scan_bwd_kernel(
         checkpoint_ptr = checkpoints_ptr + (slot + chunk // CHECKPOINT_EVERY) * sizes.dim * dstate
         h_ND = tl.load(checkpoint_ptr + at_ND, mask=in_ND, other=0.0)
         for step in range(nsteps):
-            before_ptr = scratch_ptr + (part * SLOTS + step) * sizes.dim * dstate
+            before_ptr = scratch_ptr + (home * SLOTS + step) * sizes.dim * dstate
             tl.store(before_ptr + at_ND, h_ND, mask=in_ND)
             # The last step's states are not needed here.
             step_end = tl.where(step == nsteps - 1, 0, tl.minimum(chunk + step * STEP + STEP, end))
@@ -286,9 +288,9 @@ def selective_scan_bwd_kernel(
             step = nsteps - 1 - later_steps
             step_begin = chunk + step * STEP
             count = tl.minimum(end - step_begin, STEP)
-            h_ND = tl.load(scratch_ptr + (part * SLOTS + step) * sizes.dim * dstate + at_ND, mask=in_ND, other=0.0)
+            h_ND = tl.load(scratch_ptr + (home * SLOTS + step) * sizes.dim * dstate + at_ND, mask=in_ND, other=0.0)
             for i in range(count):
-                before_ptr = scratch_ptr + (part * SLOTS + SLOTS - STEP + i) * sizes.dim * dstate
+                before_ptr = scratch_ptr + (home * SLOTS + SLOTS - STEP + i) * sizes.dim * dstate
                 tl.store(before_ptr + at_ND, h_ND, mask=in_ND)
                 p = step_begin + i
                 token = load_token(tokens, walk, first, length, p, p < end, d, in_d, REVERSE)
@@ -300,13 +302,13 @@ def selective_scan_bwd_kernel(
             tl.debug_barrier()
             # dy and z come from far away: they are fetched one token ahead.
             row, live, restart = visit(walk, first, length, step_begin + count - 1, count > 0, REVERSE)
-            dy_ahead_D, z_ahead_D = load_outer(dy_ptr, dy_row, tokens, row, d, in_d & live)
+            dy_ahead_D, z_ahead_D = load_dy_and_z(dy_ptr, dy_row, tokens, row, d, in_d & live)
             for later_tokens in range(count):
                 i = count - 1 - later_tokens
                 p = step_begin + i
                 dy_D, z_D = dy_ahead_D.to(ACC), z_ahead_D.to(ACC)
                 row, live, restart = visit(walk, first, length, p - 1, i > 0, REVERSE)
-                dy_ahead_D, z_ahead_D = load_outer(dy_ptr, dy_row, tokens, row, d, in_d & live)
+                dy_ahead_D, z_ahead_D = load_dy_and_z(dy_ptr, dy_row, tokens, row, d, in_d & live)
                 token = load_token(tokens, walk, first, length, p, p < end, d, in_d, REVERSE)
                 row, live, restart, _mask_D, x_D, dt_D = token
                 B_ND = load_weights(B_const, tokens.B, tokens.B_row, row, at_B, in_n & live, ACC)
@@ -339,7 +341,7 @@ def selective_scan_bwd_kernel(
                 dh_ND *= tl.exp2(dt_D[None, :] * A_ND)
                 if restart is not None:
                     dh_ND = tl.where(restart, 0.0, dh_ND)
-                before_ptr = scratch_ptr + (part * SLOTS + SLOTS - STEP + i) * sizes.dim * dstate
+                before_ptr = scratch_ptr + (home * SLOTS + SLOTS - STEP + i) * sizes.dim * dstate
                 h_ND = tl.load(before_ptr + at_ND, mask=in_ND, other=0.0)
                 ddtA_ND = dh_ND * h_ND
                 dA_ND += dt_D[None, :] * ddtA_ND
@@ -439,7 +441,8 @@ def backward(
     with on_device_of(x):
         if call.grid[0]:
             states = entering_states(call, A, dt_bias, dfinal_state, dy)
-            scratch = A.new_empty(nparts, CHECKPOINT_EVERY.value // call.step + call.step, dim, dstate)
+            nhomes = nparts if cu_seqlens is None else seqlen // sizes.span + nparts // sizes.nsplits
+            scratch = A.new_empty(nhomes, CHECKPOINT_EVERY.value // call.step + call.step, dim, dstate)
             selective_scan_bwd_kernel[call.grid](
                 call.tokens, call.walk, grads, dy, dfinal_state, A, D, dt_bias, checkpoints, states, scratch,
                 seqlen, dy.stride(1), sizes, STEP=call.step, **call.options,

@@ -113,7 +113,7 @@ def load_token(tokens, walk, first, length, p, inside, d, in_d, REVERSE: tl.cons
 
 
 @triton.jit
-def load_outer(dy_ptr, dy_row, tokens, row, d, mask_D):
+def load_dy_and_z(dy_ptr, dy_row, tokens, row, d, mask_D):
     """dy and z of one token as they lie in memory; dy again where there is no z."""
     dy_D = tl.load(dy_ptr + row * dy_row + d, mask=mask_D, other=0.0)
     if tokens.z is None:
@@ -169,8 +169,10 @@ class Plan(NamedTuple):
 def plan_of(x: Tensor, A: Tensor, run: int, nseq: int, packed: bool) -> Plan:
     """The configuration, by rule.
 
-    A lane per channel and 16 states per lane (8 in float64), warps of their own, until one channel's states fill a
-    warp; then more lanes and warps per channel. Splits where there are fewer than half of 8 warps per multiprocessor.
+    A warp takes as many channels as it has lanes and at most 16 states per lane, 8 in float64: more leave no registers.
+    With more states than that it takes fewer channels, in the end one, and then there are more warps to the channel.
+    The length is split where programs are fewer than 4 warps per multiprocessor, so that there are about 8, but not
+    into less than 128 tokens.
     """
     (_, seqlen, dim), every = x.shape, CHECKPOINT_EVERY.value
     block_n = triton.next_power_of_2(max(1, A.shape[1]))
