@@ -1,12 +1,14 @@
 """The command line: `python -m benchmarks OP` in a checkout, `ssmkit bench OP` anywhere."""
 
 import argparse
+import json
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-from . import document, report
+from . import document, machine, report
 from .candidate import OURS
 from .registry import find, names
 from .runner import Plan, Runner
@@ -79,9 +81,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--exclusive", action="store_true",
         help="timed windows run under the real-time scheduler (root): on a machine in use, others wait meanwhile",
     )  # fmt: skip
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write everything that was measured")
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="write everything that was measured, after each shape"
+    )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw the times")
-    parser.add_argument("--file", action="store_true", help="keep the results under benchmarks/results, by machine")
+    parser.add_argument("--file", action="store_true", help="add to the results under benchmarks/results, by machine")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -105,12 +109,18 @@ def run(arguments: argparse.Namespace) -> int:
         rounds=3 if arguments.quick else arguments.rounds, window=WINDOW_S / 5 if arguments.quick else WINDOW_S,
         budget=arguments.budget, patience=arguments.patience, exclusive=arguments.exclusive,
     )  # fmt: skip
-    results = Runner(plan, say=lambda line: print(line, file=sys.stderr, flush=True)).run()
+    runner = Runner(plan, say=lambda line: print(line, file=sys.stderr, flush=True))
+    filed = document.RESULTS / machine.folder_name(plan.device) / f"{plan.bench}.json"
+    before = json.loads(filed.read_text()) if arguments.file and filed.is_file() else None
+
+    def keep(results: dict[str, Any]) -> None:
+        if arguments.json:
+            report.write_json(results, arguments.json)
+        if arguments.file:
+            report.write_json(report.merged(before, results), filed)
+
+    results = runner.run(keep)
     print(report.text(results))
-    if arguments.json:
-        report.write_json(results, arguments.json)
-    if arguments.file:
-        report.write_json(results, document.RESULTS / results["folder"] / f"{results['bench']}.json")
     if arguments.plot:
         report.plot(results, arguments.plot)
     ours = [row for cell in results["cells"] for row in cell["rows"] if row["name"] == OURS]

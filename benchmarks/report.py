@@ -17,7 +17,7 @@ def text(report: Mapping[str, Any]) -> str:
     """The whole report for a terminal."""
     plan, cpu = report["plan"], report["machine"]["cpu"]
     heads = [
-        f"{report['bench']} at {report['commit']}, {report['date']}",
+        f"{report['bench']} at {report['commit']}",
         f"{report['machine'].get('gpu', cpu)['name']}, {cpu['cores']} cores; "
         + ", ".join(f"{name} {version}" for name, version in report["versions"].items()),
         f"allocator: {plan['allocator']}; medians of paired rounds, ratios with their quartiles",
@@ -112,6 +112,19 @@ def write_json(report: Mapping[str, Any], path: Path) -> None:
     except BaseException:
         os.unlink(staged)
         raise
+
+
+# What tells one cell from another.
+KEY = ("shape", "dtype", "mode", "threads", "capability", "allocator", "exclusive")
+
+
+def merged(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
+    """`new`, and the cells of `old` that it does not measure anew; `old` is dropped if another set-up measured it."""
+    same = old is not None and all(old[part] == new[part] for part in ("schema", "bench", "machine", "versions"))
+    cells = {
+        tuple(cell[part] for part in KEY): cell for cell in [*(old["cells"] if old and same else ()), *new["cells"]]
+    }
+    return {**new, "cells": list(cells.values())}
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:

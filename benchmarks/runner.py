@@ -91,15 +91,9 @@ class Runner:
             if name not in self.bench.rivals:
                 raise ValueError(f"{self.bench.name} has no rival {name!r}; there are: {', '.join(self.bench.rivals)}")
 
-    def run(self) -> dict[str, Any]:
-        """All cells, with what a reader needs to place them."""
-        try:
-            cells = list(self._cells())
-        finally:
-            for process in self.workers.values():
-                process.close()
-            self.workers.clear()
-        return {
+    def run(self, keep: Callable[[dict[str, Any]], None] = lambda results: None) -> dict[str, Any]:
+        """All cells, with what a reader needs to place them; `keep` gets what there is after each cell."""
+        results: dict[str, Any] = {
             "schema": SCHEMA,
             "bench": self.bench.name,
             "plan": asdict(self.plan),
@@ -107,9 +101,18 @@ class Runner:
             "folder": machine.folder_name(self.plan.device),
             "versions": machine.versions(),
             "commit": machine.commit(),
-            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-            "cells": cells,
+            "cells": [],
         }
+        try:
+            for cell in self._cells():
+                now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+                results["cells"].append({**cell, "commit": results["commit"], "date": now})
+                keep(results)
+        finally:
+            for process in self.workers.values():
+                process.close()
+            self.workers.clear()
+        return results
 
     def _cells(self) -> Iterator[dict[str, Any]]:
         plan = self.plan
@@ -169,6 +172,7 @@ class Runner:
         cell: dict[str, Any] = {
             "shape": label, "sizes": spec.sizes, "dtype": spec.dtype, "mode": spec.mode, "threads": spec.threads,
             "capability": machine.capability() if capability == "auto" else capability,
+            "allocator": self.plan.allocator, "exclusive": self.plan.exclusive,
             "cost": self.bench.cost(spec.sizes, spec.torch_dtype, spec.mode), "rows": [],
         }  # fmt: skip
         self.say(f"{label}: {spec.dtype} {spec.mode}, {spec.threads} thread{'s' * (spec.threads > 1)}")

@@ -68,9 +68,9 @@ def run(monkeypatch):
     monkeypatch.setattr(worker, "release_memory", lambda: None)
     threads = torch.get_num_threads()
 
-    def run(**plan):
+    def run(keep=lambda results: None, **plan):
         plan = {"rounds": 3, "shapes": ("few rows",), "rivals": ("right", "wrong"), **plan}
-        return Runner(Plan(bench="doubled", **plan), start=InProcess, say=lambda line: None).run()
+        return Runner(Plan(bench="doubled", **plan), start=InProcess, say=lambda line: None).run(keep)
 
     yield run
     torch.set_num_threads(threads)
@@ -326,14 +326,30 @@ def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
     assert json.loads(path.read_text()) == {"cells": [3]}
 
 
+def test_a_run_keeps_what_it_has_and_joins_what_is_on_file(run):
+    seen = []
+    first = run(shapes=("few rows", "many rows"), keep=lambda results: seen.append(len(results["cells"])))
+    assert seen == [1, 2]
+    again = run(shapes=("many rows",), rivals=())
+    joined = report.merged(first, again)
+    assert [cell["shape"] for cell in joined["cells"]] == ["few rows", "many rows"]
+    assert list(rows(joined, 0)) == ["ssmkit", "right", "wrong"]
+    assert list(rows(joined, 1)) == ["ssmkit"]
+    # Another version of a library: what was measured with the old one is dropped.
+    assert report.merged({**first, "versions": {"torch": "0.1"}}, again)["cells"] == again["cells"]
+    assert report.merged(None, again) == again
+
+
 def test_results_survive_json_and_become_a_page_and_a_plot(run, tmp_path):
     results = run(rivals=("right", "wrong", "absent"), threads=(1, 2))
     report.write_json(results, tmp_path / "results" / results["folder"] / "doubled.json")
     page = document.document(tmp_path / "results")
-    assert f"Commit {results['commit']}" in page
     assert "### doubled: float32 fwd, 2 threads, " in page
-    assert "| few rows (4) | 10 ms |" in page
-    assert "| wrong |" in page
+    assert f"commit {results['commit']}" in page
+    for line in ("| | few rows (4) |", "| ssmkit | 10 ms |", "| right | 2x [2, 2]; 20 ms |", "| wrong | wrong |"):
+        assert line in page
+    assert "| absent |" not in page
+    assert "- absent: pip install it" in page
     report.plot(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
