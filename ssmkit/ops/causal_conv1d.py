@@ -110,13 +110,16 @@ def causal_conv1d(
     facts = {"width": weight.shape[1], "dim": x.shape[2], "dtype": x.dtype, "bent": bent}
     chosen = choose("causal_conv1d", BACKENDS, backend, x, **facts)
     if chosen == "reference":
-        walk = (resets, mask, cu_seqlens, order)
-        y, final_state = causal_conv1d_ref(x, weight, bias, initial_state, *walk, reverse, silu)
+        y, final_state = causal_conv1d_ref(
+            x, weight, bias, initial_state, resets, mask, cu_seqlens, order, reverse, silu
+        )
     elif chosen == "causal_conv1d":
         y, final_state = from_package(x, weight, bias, initial_state, silu)
     else:
-        walk = (order, flags_of(resets, mask), cu_seqlens)
-        y, final_state = causal_conv1d_fwd(x, weight, bias, initial_state, *walk, reverse, silu, chosen)
+        flags = flags_of(resets, mask)
+        y, final_state = causal_conv1d_fwd(
+            x, weight, bias, initial_state, order, flags, cu_seqlens, reverse, silu, chosen
+        )
     return ScanOutput(y, final_state) if return_final_state else y
 
 
@@ -215,7 +218,7 @@ def causal_conv1d_ref(
         v_TD = v_TD + bias.double()
     y_TD = F.silu(v_TD) if silu else v_TD
     if mask is not None:
-        y_TD = torch.where(mask.view(tokens, 1), y_TD, 0.0)
+        y_TD = torch.where(mask.reshape(tokens, 1), y_TD, 0.0)
     table = torch.tensor(last, dtype=torch.int64, device=x.device).view(len(walks), width - 1)
     return y_TD.view(batch, seqlen, dim).to(x.dtype), x_RD[table].to(x.dtype)
 

@@ -164,7 +164,7 @@ def linear_scan_ref(
     for sequences, tokens in walks:
         h_BD = state_BD[sequences]
         for token in reversed(tokens) if reverse else tokens:
-            h_BD = a_BLD[:, token] * h_BD + b_BLD[:, token]                                # (1)
+            h_BD = a_BLD[:, token] * h_BD + b_BLD[:, token]  # (1)
             h[token] = h_BD
         final.append(h_BD)
     h_BLD = torch.stack(h, dim=1) if h else b_BLD
