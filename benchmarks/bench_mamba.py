@@ -117,7 +117,7 @@ register(
         reference=reference,
         rivals={
             "transformers MambaMixer": loaded(transformers_mixer(), declines=loop_declines),
-            "transformers MambaMixer, mambapy path": loaded(transformers_mixer(use_mambapy=True)),
+            "transformers MambaMixer (mambapy path)": loaded(transformers_mixer(use_mambapy=True)),
             "mambapy MambaBlock": loaded(mambapy_block),
             "mamba_ssm Mamba": loaded(mamba_ssm_layer, device="cuda"),
         },

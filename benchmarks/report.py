@@ -119,12 +119,24 @@ KEY = ("shape", "dtype", "mode", "threads", "capability", "allocator", "exclusiv
 
 
 def merged(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
-    """`new`, and the cells of `old` that it does not measure anew; `old` is dropped if another set-up measured it."""
+    """`new`, and what `old` holds besides: other cells, and other rows of the same cell at the same commit.
+
+    A row's ratio stands by itself, as its pairs are its own. Where another set-up measured it, `old` is dropped.
+    """
     same = old is not None and all(old[part] == new[part] for part in ("schema", "bench", "machine", "versions"))
-    cells = {
-        tuple(cell[part] for part in KEY): cell for cell in [*(old["cells"] if old and same else ()), *new["cells"]]
-    }
+    cells = {cell_key(cell): dict(cell) for cell in (old["cells"] if old is not None and same else ())}
+    for cell in new["cells"]:
+        before = cells.get(cell_key(cell), {"commit": None})
+        measured = {row["name"] for row in cell["rows"]}
+        kept = (
+            [row for row in before["rows"] if row["name"] not in measured] if before["commit"] == cell["commit"] else []
+        )
+        cells[cell_key(cell)] = {**cell, "rows": [*cell["rows"], *kept]}
     return {**new, "cells": list(cells.values())}
+
+
+def cell_key(cell: Mapping[str, Any]) -> tuple[Any, ...]:
+    return tuple(cell[part] for part in KEY)
 
 
 def plot(report: Mapping[str, Any], path: Path) -> None:

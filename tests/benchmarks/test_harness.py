@@ -334,7 +334,11 @@ def test_a_run_keeps_what_it_has_and_joins_what_is_on_file(run):
     joined = report.merged(first, again)
     assert [cell["shape"] for cell in joined["cells"]] == ["few rows", "many rows"]
     assert list(rows(joined, 0)) == ["ssmkit", "right", "wrong"]
-    assert list(rows(joined, 1)) == ["ssmkit"]
+    assert list(rows(joined, 1)) == ["ssmkit", "right", "wrong"]
+    assert rows(joined, 1)["ssmkit"] == rows(again)["ssmkit"]
+    # Another commit: what the same cell held was measured against other code.
+    before = {**first, "cells": [{**cell, "commit": "older"} for cell in first["cells"]]}
+    assert list(rows(report.merged(before, again), 1)) == ["ssmkit"]
     # Another version of a library: what was measured with the old one is dropped.
     assert report.merged({**first, "versions": {"torch": "0.1"}}, again)["cells"] == again["cells"]
     assert report.merged(None, again) == again
