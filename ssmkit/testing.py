@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ssmkit.backends import Backend, refusal
+from ssmkit.ops._define import acc_dtype
 
 EPS32 = torch.finfo(torch.float32).eps
 
@@ -60,13 +61,13 @@ def assert_close(name: str, actual: Tensor, expected: Tensor, *, slack: float = 
 
 
 def to_double(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The same numbers in float64 (complex128), detached, gradients asked for where they were; the rest unchanged."""
+    """Copies of the numbers in float64 (complex128), gradients asked for where they were; the rest unchanged."""
 
     def widen(value: Any) -> Any:
         if not isinstance(value, Tensor) or not (value.is_floating_point() or value.is_complex()):
             return value
         wide = torch.complex128 if value.is_complex() else torch.float64
-        return value.detach().to(wide).requires_grad_(value.requires_grad)
+        return value.detach().to(wide, copy=True).requires_grad_(value.requires_grad)
 
     return {name: widen(value) for name, value in inputs.items()}
 
@@ -257,10 +258,38 @@ def causal_conv1d_step_inputs(
     **options: Any,
 ) -> dict[str, Any]:
     """Keyword inputs of `causal_conv1d_step`: one token, or `seqlen` of them, and a state of width - 1 or `state_len`."""
-    options = {"requires_grad": False, "optional": (*optional, "initial_state")} | options
-    inputs = causal_conv1d_inputs(batch, 1 if seqlen is None else seqlen, dim, width, **options)
+    given: dict[str, Any] = {"requires_grad": False, "optional": (*optional, "initial_state")} | options
+    inputs = causal_conv1d_inputs(batch, 1 if seqlen is None else seqlen, dim, width, **given)
     state = inputs.pop("initial_state")
     if state_len is not None:
-        longer = causal_conv1d_inputs(batch, 1, dim, state_len + 1, **(options | {"seed": options.get("seed", 0) + 1}))
-        state = longer["initial_state"]
+        state = causal_conv1d_inputs(batch, 1, dim, state_len + 1, **given)["initial_state"]
     return inputs | {"x": inputs["x"].squeeze(1) if seqlen is None else inputs["x"], "state": state}
+
+
+def linear_scan_inputs(
+    batch: int,
+    seqlen: int,
+    dim: int,
+    *,
+    nseq: int | None = None,
+    constant_a: bool = False,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    optional: tuple[str, ...] = ("initial_state",),
+    requires_grad: bool = True,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Keyword inputs of `linear_scan`, decays of absolute value 0.4 to 1 (of any phase if complex), drawn on the CPU."""
+    generator = torch.Generator().manual_seed(seed)
+    acc = acc_dtype(dtype)
+    rows = (dim,) if constant_a else (batch, seqlen, dim)
+    a = 0.4 + 0.6 * torch.rand(rows, generator=generator, dtype=torch.float64)
+    if dtype.is_complex:
+        a = torch.polar(a, torch.rand(rows, generator=generator, dtype=torch.float64) * 6.28)
+    inputs = {
+        "a": a.to(acc if constant_a else dtype),
+        "b": torch.randn(batch, seqlen, dim, generator=generator, dtype=acc).to(dtype),
+        "initial_state": torch.randn(batch if nseq is None else nseq, dim, generator=generator, dtype=acc),
+    }
+    kept = {k: v.to(device) for k, v in inputs.items() if k in ("a", "b", *optional)}
+    return {k: v.requires_grad_(requires_grad) for k, v in kept.items()}
