@@ -59,6 +59,8 @@ def _unusable(name: str, module: str) -> str | None:
 
         return native.why_not() or None
     missing = f"its module {module} is not part of this installation"
+    if "." not in module:
+        missing = f"the package {module} is not installed"
     if name == "cuda":
         missing = "no hand-written CUDA kernel of this op is built; triton serves on a GPU"
     try:

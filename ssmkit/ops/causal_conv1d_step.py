@@ -121,8 +121,8 @@ def causal_conv1d_step_ref(
     rows = torch.arange(batch, device=x.device)[:, None]
     line_BRD = torch.cat([held_BSD[rows, ring_BS], x_BTD], dim=1)
 
-    windows_BTDW = line_BRD[:, state_len - width + 1 :].unfold(1, width, 1)
-    v_BTD = torch.einsum("btdw,dw->btd", windows_BTDW, weight.double())
+    taps_TW = torch.arange(seqlen, device=x.device)[:, None] + torch.arange(width, device=x.device)
+    v_BTD = torch.einsum("btwd,dw->btd", line_BRD[:, taps_TW + state_len - width + 1], weight.double())
     if bias is not None:
         v_BTD = v_BTD + bias.double()
     y = F.silu(v_BTD) if silu else v_BTD

@@ -523,7 +523,7 @@ def test_the_package_gets_its_arguments(activation, optional, package):
 OUTSIDE = {
     "a wide filter": ({}, (2, 9, 8, 5), "takes widths 2 to 4, got 5"),
     "an odd dim": ({}, (2, 9, 7, 4), "takes a dim that is a multiple of 8"),
-    "float64": ({}, (2, 9, 8, 4), "got float64"),
+    "float64": ({}, (2, 9, 8, 4), "takes float32, bfloat16 and float16, got float64"),
     "resets": ({"resets": torch.zeros(2, 9, dtype=torch.bool)}, (2, 9, 8, 4), "takes no resets"),
     "reverse": ({"reverse": True}, (2, 9, 8, 4), "takes no resets"),
 }

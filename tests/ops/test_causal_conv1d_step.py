@@ -35,7 +35,7 @@ every_backend = pytest.mark.parametrize("backend", available("causal_conv1d_step
 
 
 def compare(inputs, backend, **options):
-    expected = to_double(inputs)
+    expected = to_double(inputs | {"state": inputs["state"].clone()})
     y_expected = causal_conv1d_step(**expected, **options, backend="reference")
     y = causal_conv1d_step(**inputs, **options, backend=backend)
     assert_close("y", y, y_expected)
