@@ -76,7 +76,7 @@ def run_demo(folder: Path, options: DemoOptions) -> str:
     plot_return_against_target(
         TARGETS, by_seed["mamba"], levels, folder / "return_against_target.png", f"{TASK}, {options.seeds} seeds"
     )
-    save_gif(moving_picture(models[0], scaling), folder / "rollout.gif")
+    save_gif(moving_picture(models[0], scaling), folder / "rollout.gif", milliseconds=100)
     print(f"written to {folder}: table.txt, learning_curve.png, return_against_target.png, rollout.gif")
     return text
 
@@ -123,7 +123,7 @@ def moving_picture(model: TrajectoryModel, scaling: Scaling) -> list[NDArray[np.
 
 
 class Filmed(PendulumEnvironment):
-    """A pendulum that keeps a picture of every step."""
+    """A pendulum that keeps a picture of every second step, which is enough to see it move."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -132,5 +132,6 @@ class Filmed(PendulumEnvironment):
     def step(self, actions: NDArray[Any]) -> Any:
         """Step, and keep the pictures."""
         transition = super().step(actions)
-        self.pictures.append(self.render())
+        if self.age % 2 == 0:
+            self.pictures.append(self.render())
         return transition

@@ -90,8 +90,7 @@ TRAINING = textwrap.dedent(
     import sys
     sys.path.insert(0, {tests!r})
     from train.test_training import CPU, TrainOptions, make
-    from ssmkit.data import PendulumEnvironment, record_episodes, record_pendulum
-from ssmkit.data.pendulum import expert_torque
+    from ssmkit.data import record_pendulum
     from ssmkit.train.trajectory import fit
     data = record_pendulum(episodes=4)
     options = TrainOptions(steps={steps}, batch_size=4, checkpoint_every=3, seed=3)
