@@ -97,7 +97,17 @@ def ninja_file(target: Path) -> str:
     openmp = ["-fopenmp"] if compiles(compiler, ["-fopenmp"], "#include <omp.h>\nint main() {}") else []
     capabilities = {name: flags for name, flags in CAPABILITIES.items() if compiles(compiler, flags)}
 
-    common = ["-std=c++17", "-O3", "-g0", "-fPIC", "-fvisibility=hidden", "-fno-math-errno", "-Wall", "-Wextra", *openmp]
+    common = [
+        "-std=c++17",
+        "-O3",
+        "-g0",
+        "-fPIC",
+        "-fvisibility=hidden",
+        "-fno-math-errno",
+        "-Wall",
+        "-Wextra",
+        *openmp,
+    ]
     common += [f"-DSSMKIT_BUILT_{name.upper()}" for name in capabilities]
     common += [option for path in dict.fromkeys(map(str, include)) for option in ("-I", path)]
     common += shlex.split(os.environ.get("CXXFLAGS", ""))

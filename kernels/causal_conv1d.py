@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import acc_dtype, interpreted, on_device_of, sum_parts
+from .launch import acc_dtype, interpreted, on_device_of, register_limit, sum_parts
 from .math import rounded, silu, silu_grad
 
 RESTART, PAD = tl.constexpr(1), tl.constexpr(2)  # bits of `flags`
@@ -361,13 +361,6 @@ class Plan:
         return {"BLOCK_L": block_l, "BLOCK_D": 64, "num_warps": num_warps}
 
 
-def register_limit(registers: int) -> dict[str, int]:
-    """Stated where it can be: left to itself, ptxas would rather spill a little than keep fewer programs resident."""
-    if interpreted() or triton.runtime.driver.active.get_current_target().backend != "cuda":
-        return {}
-    return {"maxnreg": registers}
-
-
 def row_stride(x: Tensor) -> int:
     """Elements from one token to the next."""
     return x.stride(1) if x.shape[1] > 1 else x.stride(0)
@@ -383,12 +376,13 @@ def forward(
     final_state = x.new_empty(plan.nseq, plan.width - 1, plan.dim)
     if y.numel() == 0:
         return y, final_state.zero_() if plan.state is None else final_state.copy_(plan.state)
-    tile = plan.tile(32, num_warps=4)
+    tile = plan.tile(16, num_warps=4)
     programs = sum(triton.cdiv(rows, tile["BLOCK_L"]) for rows in (plan.tokens, plan.entries))
     with on_device_of(x):
         causal_conv1d_fwd_kernel[(programs, triton.cdiv(plan.dim, tile["BLOCK_D"]))](
             x, weight, bias, plan.state, plan.prev, y, final_state,
-            plan.tokens, plan.seqlen, plan.nseq, plan.dim, row_stride(x), SILU=silu, **plan.constants, **tile,
+            plan.tokens, plan.seqlen, plan.nseq, plan.dim, row_stride(x), SILU=silu,
+            **plan.constants, **tile, **register_limit(128),
         )  # fmt: skip
     return y, final_state
 

@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import acc_dtype, interpreted, on_device_of
+from .launch import acc_dtype, interpreted, on_device_of, register_limit
 from .math import rounded, silu
 
 
@@ -90,7 +90,7 @@ def step(
             x, state, weight, bias, cache_seqlens, state_indices, y,
             seqlen, dim, state.shape[1], x.stride(0), x.stride(1) if x.ndim == 3 else 0,
             WIDTH=weight.shape[1], SILU=silu, ACC=tl.float64 if acc_dtype(x.dtype) == torch.float64 else tl.float32,
-            BLOCK_D=block_d, num_warps=2,
+            BLOCK_D=block_d, num_warps=2, **register_limit(128),
         )  # fmt: skip
     return y
 

@@ -47,6 +47,13 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def register_limit(registers: int) -> dict[str, int]:
+    """Stated where it can be: left to itself, ptxas would rather spill a little than keep fewer programs resident."""
+    if interpreted() or triton.runtime.driver.active.get_current_target().backend != "cuda":
+        return {}
+    return {"maxnreg": registers}
+
+
 @triton.jit(do_not_specialize=["nparts"])
 def sum_parts_kernel(parts_ptr, out_ptr, nparts, size, BLOCK: tl.constexpr):
     """out[i] = parts[0, i] + parts[1, i] + ..., in this order; parts (nparts, size) in the dtype of the sum."""

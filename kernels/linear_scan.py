@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import MAX_GRID_YZ, interpreted, multiprocessors, on_device_of, sum_parts
+from .math import rounded
 
 RESTART, PAD = tl.constexpr(1), tl.constexpr(2)  # bits of `flags`
 
@@ -79,7 +80,7 @@ def store(ptr, x, keep, BLOCK_D: tl.constexpr, COMPLEX: tl.constexpr):
     if COMPLEX:
         tl.store(ptr, tl.reshape(tl.join(x[0], x[1]), (2 * BLOCK_D,)), mask=keep)
     else:
-        tl.store(ptr, x[0], mask=keep)
+        tl.store(ptr, rounded(x[0], ptr), mask=keep)
 
 
 @triton.jit

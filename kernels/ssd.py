@@ -320,6 +320,7 @@ class Plan:
         half = x.dtype.itemsize == 2 or interpreted()
         self.block_p, self.block_n = block(self.headdim, 64 if half else 32), block(self.dstate, 64 if half else 32)
         self.narrow_p, self.narrow_n = block(self.headdim, 32), block(self.dstate, 32 if half else 16)
+        self.gated_p = self.narrow_p if z is None or interpreted() else block(self.headdim, 16)
 
     def states(self, dy: Tensor | None, initial: Tensor | None, states: Tensor | None, final: Tensor | None) -> None:
         """The state kernel; with dy that of the gradient of the state."""

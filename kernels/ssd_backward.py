@@ -202,18 +202,18 @@ def backward(
     splits = triton.cdiv(plan.nheads // plan.ngroups, heads)
     part_dtype = like if splits == 1 else plan.acc
     dB, dC = (B.new_empty(splits, *B.shape, dtype=part_dtype) for _ in range(2))
-    tiles = {"BLOCK_P": plan.narrow_p, "BLOCK_N": plan.narrow_n, "num_stages": 1, "num_warps": 8}
+    tiles = {"BLOCK_N": plan.narrow_n, "num_stages": 1, "num_warps": 8}
     with on_device_of(x):
         if plan.nseq * plan.nheads * plan.headdim > 0:
             plan.states(dy, dfinal_state, dstates, dinitial_state)
         if plan.slots * plan.nheads > 0:
             ssd_bwd_heads_kernel[(plan.slots * plan.nheads,)](
                 *plan.arguments, dy, row_stride(dy), D, checkpoints, dstates, ungated, dx, ddt, dz, dsteps, dD,
-                **plan.options, **tiles,
+                **plan.options, **tiles, BLOCK_P=plan.gated_p,
             )  # fmt: skip
             ssd_bwd_weights_kernel[(plan.slots * plan.ngroups, blocks_n, splits)](
                 *plan.arguments, dy, row_stride(dy), checkpoints, dstates, dB, dC, plan.batch * plan.seqlen, heads,
-                **plan.options, **tiles,
+                **plan.options, **tiles, BLOCK_P=16,
             )  # fmt: skip
     dA, dbias = sum_parts(dsteps, plan.acc).unbind(0)
     return (

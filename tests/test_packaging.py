@@ -58,7 +58,18 @@ def test_sdist_and_wheel_under_build_isolation(tmp_path):
 @pytest.mark.slow
 def test_without_a_compiler(tmp_path):
     """SSMKIT_NATIVE=0 makes a pure wheel that runs the reference and says so; without the variable the error names it."""
-    build = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", tmp_path / "dist", ROOT]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "-q",
+        "--no-deps",
+        "--no-build-isolation",
+        "-w",
+        tmp_path / "dist",
+        ROOT,
+    ]
     bare = {"CXX": str(tmp_path / "no-such-compiler")}
     refused = subprocess.run(build, env=os.environ | bare, capture_output=True, text=True, check=False)
     assert refused.returncode != 0

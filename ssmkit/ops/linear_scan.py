@@ -107,6 +107,7 @@ def check(
     check_sizes(b, "b")
     batch, seqlen, dim = b.shape
     # Parameters of lower precision are widened; a wider one would be narrowed, which is refused.
+    parameters: tuple[torch.dtype, ...]
     if b.is_complex():
         parameters = COMPLEXES if b.dtype == torch.complex128 else COMPLEXES[:1]
     else:

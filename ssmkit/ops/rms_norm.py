@@ -220,8 +220,8 @@ def _backward_fake(
 
 _OPTIONS = "int group_size, bool norm_before_gate"
 rms_norm_bwd = define(
-    "rms_norm_bwd(Tensor dy, Tensor? dtotal, Tensor total, Tensor? rest, Tensor weight, Tensor? bias, Tensor? z, Tensor rstd, "
-    f"{_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
+    "rms_norm_bwd(Tensor dy, Tensor? dtotal, Tensor total, Tensor? rest, Tensor weight, Tensor? bias, Tensor? z, "
+    f"Tensor rstd, {_OPTIONS}, str backend) -> (Tensor, Tensor, Tensor, Tensor)",
     _backward,
     _backward_fake,
 )

@@ -22,7 +22,14 @@ def test_options_reach_the_op():
     x, z, residual = torch.randn(3, 5, 8, dtype=torch.float64).unbind()
     y, total = norm(x, z, residual=residual)
     expected, _ = rms_norm(
-        x, norm.weight, bias=norm.bias, z=z, residual=residual, group_size=4, norm_before_gate=False, backend="reference"
+        x,
+        norm.weight,
+        bias=norm.bias,
+        z=z,
+        residual=residual,
+        group_size=4,
+        norm_before_gate=False,
+        backend="reference",
     )
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(total, x + residual)

@@ -1,5 +1,7 @@
 """linear_scan: every backend against the float64 reference, the official numbers, and the laws of a scan."""
 
+from itertools import pairwise
+
 import pytest
 import torch
 from golden_cases import load, names
@@ -234,7 +236,7 @@ def test_packed_equals_separate(backend, data):
     inputs = linear_scan_inputs(1, sum(lengths), 3, nseq=len(lengths), **options)
     offsets = torch.tensor([0, *lengths]).cumsum(0)
     h, final = scan(inputs | {"cu_seqlens": offsets}, backend, reverse=reverse)
-    for s, (start, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for s, (start, end) in enumerate(pairwise(offsets.tolist())):
         one = {k: v[:, start:end] if v.ndim == 3 else v for k, v in inputs.items()}
         h_one, final_one = scan(one | {"initial_state": inputs["initial_state"][s : s + 1]}, backend, reverse=reverse)
         same(h[:, start:end], h_one)
@@ -260,7 +262,9 @@ IRREGULAR = {
 @pytest.mark.parametrize("walk", IRREGULAR.values(), ids=IRREGULAR)
 def test_gradients_along_irregular_walks(walk, constant_a, reverse, backend):
     walk = {k: v.to(device_of(backend)) for k, v in walk.items()}
-    compare(linear_scan_inputs(2, 40, 9, constant_a=constant_a, device=device_of(backend)), backend, reverse=reverse, **walk)
+    compare(
+        linear_scan_inputs(2, 40, 9, constant_a=constant_a, device=device_of(backend)), backend, reverse=reverse, **walk
+    )
 
 
 @backends
@@ -444,7 +448,8 @@ def test_a_repeated_row_is_not_copied_out(backend):
     constant = linear_scan_inputs(2, 12, 6, constant_a=True, device=device_of(backend))
     repeated = constant | {"a": constant["a"].detach().expand(2, 12, 6).requires_grad_()}
     expected, actual = (
-        run(linear_scan, each, cotangents(each), return_final_state=True, backend=backend) for each in (constant, repeated)
+        run(linear_scan, each, cotangents(each), return_final_state=True, backend=backend)
+        for each in (constant, repeated)
     )
     assert torch.equal(actual["h"], expected["h"])
     torch.testing.assert_close(actual["da"].sum((0, 1)), expected["da"])
@@ -503,7 +508,10 @@ BAD = {
     "a of two axes": ({"a": torch.zeros(6, 4)}, r"a must have shape \(batch, seqlen, dim\) or \(dim,\), got \(6, 4\)"),
     "a constant of another width": ({"a": torch.zeros(5)}, r"a must have shape \(4,\) \(dim\), got \(5,\)"),
     "a of another dtype": ({"a": torch.zeros(2, 6, 4).half()}, "a must be of dtype float32 like b, got float16"),
-    "a wider than the state": ({"a": torch.zeros(4).double()}, "a must be of dtype .* because b is float32, got float64"),
+    "a wider than the state": (
+        {"a": torch.zeros(4).double()},
+        "a must be of dtype .* because b is float32, got float64",
+    ),
     "a complex, b real": ({"a": torch.zeros(4).cfloat()}, "a must be of dtype .* because b is float32, got complex64"),
     "a real, b complex": ({"b": torch.zeros(2, 6, 4).cfloat()}, "a must be of dtype complex64 like b, got float32"),
     "initial state of another batch": ({"initial_state": torch.zeros(3, 4)}, r"initial_state must have shape \(2, 4\)"),

@@ -40,6 +40,9 @@ def check(name, actual, expected, dtype, backend):
     if name in ("dA", "dD", "ddt_bias"):
         # A few sums over all tokens, whose terms cancel: the rounding of the terms is large beside the result.
         slack = 8.0
+    if dtype == torch.float64:
+        # The exponent of a decay is a sum over its chunk, in fp64 too: its rounding is amplified by its size, some 20.
+        slack = max(slack, 4.0)
     if backend == "triton" and dtype.itemsize == 2:
         # tl.dot takes its operands in the dtype of x, so that states and gradients carry its rounding too, several times.
         actual, slack = actual.to(dtype), max(slack, 4.0)
@@ -132,7 +135,17 @@ def test_without_softplus(backend):
 def test_extreme_decays(scale, dtype, backend):
     inputs = ssd_inputs(1, 150, 2, 9, 6, dtype=dtype, device=device_of(backend))
     inputs["A"] = (inputs["A"].detach() * scale).requires_grad_()
-    compare(inputs, backend)
+    weights = cotangents(inputs)
+    actual = run(ssd, inputs, weights, return_final_state=True, backend=backend)
+    expected = run(ssd, to_double(inputs), weights, return_final_state=True, backend="reference")
+    for name in actual:
+        if scale > 1 and name in ("dA", "dinitial_state"):
+            # Made of what is left of decays of e^-20 and less: the rounding of dt counts as often as the exponent is
+            # large, and below 1e-30 numbers are lost altogether.
+            error = (actual[name].cpu() - expected[name].cpu()).abs().max()
+            assert error <= 1e-4 * expected[name].abs().max() + 1e-30, f"{name}: {error:.3g}"
+        else:
+            check(name, actual[name], expected[name], dtype, backend)
 
 
 @backends
@@ -407,7 +420,8 @@ def test_gradcheck(options, backend):
 
 def op_arguments(inputs, backend, *, bidirectional=False):
     """The registered op's tensors and options."""
-    D = inputs["D"][:, None].expand(*inputs["x"].shape[2:])
+    wide = inputs["D"].detach()[:, None].expand(*inputs["x"].shape[2:]).contiguous()
+    D = wide.requires_grad_(inputs["D"].requires_grad)
     flags = torch.zeros(inputs["x"].shape[:2], dtype=torch.uint8, device=inputs["x"].device)
     tensors = [inputs[n] for n in ("x", "dt", "A", "B", "C")] + [D] + [inputs[n] for n in OPTIONAL[1:]]
     options = (True, 0.0, math.inf, False, bidirectional, chunk_for(backend, torch.float32, None))

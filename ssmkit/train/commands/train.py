@@ -105,11 +105,12 @@ def run(arguments: argparse.Namespace) -> int:
     options = TrainOptions(**{entry.name: getattr(arguments, entry.name) for entry in fields(TrainOptions)})
     run_folder = Path(arguments.out)
     data = training_data(arguments, run_folder)
-    print(summary(data))
     torch.manual_seed(options.seed)
     model = model_for(arguments.model, arguments.variant, data, parse_settings(arguments.set))
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print(f"{arguments.model}: {parameters:,} parameters, window of {model.config.context} steps")
+    if process_rank() == 0:
+        print(summary(data))
+        print(f"{arguments.model}: {parameters:,} parameters, window of {model.config.context} steps")
     devices = int(arguments.devices) if arguments.devices.isdigit() else arguments.devices
     hardware = Hardware(
         accelerator=arguments.accelerator, devices=devices, precision=arguments.precision, workers=arguments.workers
@@ -128,7 +129,8 @@ def run(arguments: argparse.Namespace) -> int:
         overwrite=arguments.overwrite,
         logger=logger,
     )
-    print(f"trained; next: ssmkit evaluate {run_folder}")
+    if process_rank() == 0:
+        print(f"trained; next: ssmkit evaluate {run_folder}")
     return 0
 
 

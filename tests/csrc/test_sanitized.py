@@ -1,0 +1,83 @@
+"""The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, against naive loops, without Python.
+
+Every file here that includes harness.h tests the op it is named after: its kernels are csrc/cpu/<op>*.cpp.
+"""
+
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+OPS = sorted(path.stem for path in HERE.glob("*.cpp") if path.stem != "driver" and '"harness.h"' in path.read_text())
+CAPABILITIES = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    CAPABILITIES["avx2"] = ["-mavx2", "-mfma", "-mf16c"]
+    CAPABILITIES["avx512"] = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", *CAPABILITIES["avx2"]]
+SANITIZE = ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+def compiler() -> str | None:
+    """A compiler that can link the sanitizers."""
+    for name in (os.environ.get("CXX"), "g++", "clang++"):
+        if name and shutil.which(name):
+            probe = subprocess.run(
+                [name, "-x", "c++", *SANITIZE, "-o", os.devnull, "-"],
+                input="int main() {}",
+                text=True,
+                capture_output=True,
+            )
+            if probe.returncode == 0:
+                return name
+    return None
+
+
+@pytest.fixture(scope="module")
+def cxx() -> str:
+    found = compiler()
+    if found is None:
+        pytest.skip("needs a compiler with -fsanitize=address,undefined")
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", OPS)
+def test_kernels_stay_within_their_tensors(op, cxx, tmp_path):
+    common = [cxx, "-std=c++17", *SANITIZE, "-fopenmp", "-I", str(ROOT / "csrc"), "-I", str(HERE)]
+    common += [f"-DSSMKIT_BUILT_{name.upper()}" for name in CAPABILITIES]
+    units = [(HERE / "driver.cpp", []), (HERE / f"{op}.cpp", []), (ROOT / "csrc/dispatch.cpp", [])]
+    for source in sorted((ROOT / "csrc/cpu").glob(f"{op}*.cpp")):
+        units += [(source, [*flags, f"-DSSMKIT_CAPABILITY={name}"]) for name, flags in CAPABILITIES.items()]
+    objects = [str(tmp_path / f"{i}.o") for i in range(len(units))]
+    for (source, flags), out in zip(units, objects, strict=True):
+        subprocess.run([*common, *flags, "-c", str(source), "-o", out], check=True)
+    program = str(tmp_path / op)
+    subprocess.run([*common, *objects, "-o", program], check=True)
+
+    # libgomp keeps its thread pool until the end, which the leak checker would report
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    ran = []
+    for name in CAPABILITIES:
+        done = subprocess.run([program, name], capture_output=True, text=True, env=environment)
+        if done.returncode != 2:
+            ran.append(name)
+            assert done.returncode == 0, f"{name}:\n{done.stdout[-4000:]}\n{done.stderr[-4000:]}"
+    assert "baseline" in ran
+
+
+def test_no_symbol_is_shared_between_capabilities():
+    """A weak symbol of one variant may serve another after linking: wide instructions on a CPU without them."""
+    objects = [path for path in ROOT.glob("build/native-*/*/cpu/*.o") if path.parts[-3] != "baseline"]
+    if not objects or shutil.which("nm") is None:
+        pytest.skip("needs nm and the objects of a build in this checkout")
+    shared = {}
+    for path in objects:
+        lines = subprocess.run(["nm", "-C", str(path)], check=True, capture_output=True, text=True).stdout.splitlines()
+        weak = [line for line in lines if line[17:18] in ("W", "V", "u")]
+        if weak:
+            shared[path.name] = weak
+    assert not shared
