@@ -3,6 +3,7 @@
 import importlib.util
 import os
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -24,3 +25,10 @@ def patch_the_language_once() -> None:
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     patch_the_language_once()
+
+
+@pytest.fixture(autouse=True)
+def compile_afresh(request):
+    """A test that compiles starts without the compiled forms, and the count of them, that others left."""
+    if "compile" in request.node.name:
+        torch._dynamo.reset()

@@ -27,6 +27,7 @@ from ssmkit.ops._define import absent, acc_dtype, define, flat_rows, gradients, 
 from ssmkit.ops.selective_scan import flags_of
 
 BACKENDS = (
+    Backend("cuda", device="cuda", module="ssmkit.native.linear_scan_cuda"),
     Backend("triton", device="cuda", module="ssmkit.kernels.linear_scan"),
     Backend("cpu", device="cpu", module="ssmkit.native.linear_scan"),
 )

@@ -70,14 +70,17 @@ def test_kernels_stay_within_their_tensors(op, cxx, tmp_path):
 
 
 def test_no_symbol_is_shared_between_capabilities():
-    """A weak symbol of one variant may serve another after linking: wide instructions on a CPU without them."""
+    """A weak symbol of one variant may serve another after linking: wide instructions on a CPU without them.
+
+    DW.ref.* hold an address, no instructions.
+    """
     objects = [path for path in ROOT.glob("build/native-*/*/cpu/*.o") if path.parts[-3] != "baseline"]
     if not objects or shutil.which("nm") is None:
         pytest.skip("needs nm and the objects of a build in this checkout")
     shared = {}
     for path in objects:
         lines = subprocess.run(["nm", "-C", str(path)], check=True, capture_output=True, text=True).stdout.splitlines()
-        weak = [line for line in lines if line[17:18] in ("W", "V", "u")]
+        weak = [line for line in lines if line[17:18] in ("W", "V", "u") and "DW.ref." not in line]
         if weak:
             shared[path.name] = weak
     assert not shared

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ssmkit import ScanPath
 from ssmkit.ops import selective_scan
 from ssmkit.ops.selective_scan import BACKENDS, selective_scan_bwd, selective_scan_fwd
-from ssmkit.testing import assert_close, available, device_of, run, selective_scan_inputs, to_double
+from ssmkit.testing import EPS32, assert_close, available, device_of, run, selective_scan_inputs, to_double
 
 SHAPES = {  # batch, seqlen, dim, dstate
     "smallest": (1, 1, 1, 1),
@@ -164,7 +164,10 @@ def test_official_numbers(name, dtype, backend):
             worst = (actual[key].cpu() - expected[key]).abs().max() / scale
             assert worst <= 1e-10, f"{key}: {worst:.3g}"
         else:
-            assert_close(key, actual[key], expected[key], slack=slack(key, inputs))
+            # Without softplus some step sizes are negative and the state grows, its rounding with it: then the official
+            # float32 reference errs by several eps as well, and by how much is stored with the case.
+            growth = max(1.0, case.meta["ref_fp32_rel_err"] / EPS32)
+            assert_close(key, actual[key], expected[key], slack=growth * slack(key, inputs))
 
 
 # Laws
