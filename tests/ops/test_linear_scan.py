@@ -523,7 +523,7 @@ BAD = {
     "mask too short": ({"mask": torch.ones(2, 5, dtype=torch.bool)}, r"mask must have shape \(2, 6\)"),
     "another device": ({"a": torch.zeros(4, device="meta")}, "a must be on cpu like b, got meta"),
     "packed batch": ({"cu_seqlens": torch.tensor([0, 6])}, "b must have batch 1, got 2"),
-    "unknown backend": ({"backend": "cudnn"}, "backend must be one of auto, reference, triton, cpu; got 'cudnn'"),
+    "unknown backend": ({"backend": "cudnn"}, "backend must be one of auto, reference, cuda, triton, cpu; got 'cudnn'"),
 }
 
 
