@@ -28,17 +28,6 @@ struct Some {
   template <typename E> SSMKIT_INLINE void put(E* p, Vec<acc_t<E>> v) const { store(p, v, count); }
 };
 
-// f(vectors, access, first channel) for blocks of kVecs vectors, single vectors and what is left of [begin, end).
-template <int count> struct Vectors { static constexpr int value = count; };
-template <typename T, typename F>
-SSMKIT_INLINE void for_blocks(std::int64_t begin, std::int64_t end, const F& f) {
-  constexpr int V = Vec<T>::size;
-  std::int64_t c = begin;
-  for (; c + kVecs * V <= end; c += kVecs * V) f(Vectors<kVecs>(), Whole(), c);
-  for (; c + V <= end; c += V) f(Vectors<1>(), Whole(), c);
-  if (c < end) f(Vectors<1>(), Some{static_cast<int>(end - c)}, c);
-}
-
 // 1 / (1 + e^-v); e^-v is kept finite, so that e^-v times the result is the complement.
 template <typename T>
 SSMKIT_INLINE Logistic<T> logistic_of(Vec<T> v) {
@@ -243,123 +232,135 @@ struct Window<In, 0, kCount, Access> {
   SSMKIT_INLINE void move_to(int) {}
 };
 
-template <typename In, int kWidth>
-struct Kernel {
+// The width where it is known, else `width`.
+template <int kWidth>
+SSMKIT_INLINE std::int64_t known(std::int64_t width) {
+  return kWidth > 0 ? kWidth : width;
+}
+
+// What lies under tap j of token i, vector v of the block.
+template <int kWidth, typename In, typename Held, typename Access>
+SSMKIT_INLINE auto tap(const Held& held, const Piece<In>& piece, int i, int j, int v, std::int64_t c, Access access) {
+  if constexpr (kWidth > 0) return held.x[j][v];
+  else return access.get(piece.x[i + j] + c + v * Vec<acc_t<In>>::size);
+}
+
+// taps: (width, dim), the weight with the oldest token first. c: the block's first channel.
+template <typename In, int kWidth, int kCount, typename Access>
+void forward_block(const CausalConv1dForward& p, const acc_t<In>* taps, const Piece<In>& piece, std::int64_t c,
+                   Access access) {
   using T = acc_t<In>;
-  static constexpr int V = Vec<T>::size;
+  constexpr int V = Vec<T>::size;
+  const std::int64_t width = known<kWidth>(p.width), dim = p.dim;
+  const bool silu = p.silu;
+  In* y = static_cast<In*>(p.y) + c;
+  const Taps<T, kWidth, kCount, Access> w(taps + c, dim, access);
+  Vec<T> bias[kCount];
+  for (int v = 0; v < kCount; ++v)
+    bias[v] = p.bias ? access.get(static_cast<const T*>(p.bias) + c + v * V) : Vec<T>(T(0));
+  Window<In, kWidth, kCount, Access> window(piece.x, c, access);
+  for (int i = 0; i < piece.count; ++i) {
+    window.move_to(i);
+    Vec<T> sum[kCount];
+    for (int v = 0; v < kCount; ++v) sum[v] = bias[v];
+    for (int j = 0; j < width; ++j)
+      for (int v = 0; v < kCount; ++v) sum[v] = fma(w(j, v), tap<kWidth>(window, piece, i, j, v, c, access), sum[v]);
+    In* out = y + piece.row[i] * dim;
+    for (int v = 0; v < kCount; ++v) access.put(out + v * V, silu ? sum[v] * logistic_of(sum[v]).s : sum[v]);
+  }
+}
 
-  const CausalConv1dParams& p;
-  const T* taps;  // (width, dim): weight, oldest token first
-
-  SSMKIT_INLINE std::int64_t width() const { return kWidth > 0 ? kWidth : p.width; }
-  SSMKIT_INLINE const T* bias(std::int64_t c) const { return static_cast<const T*>(p.bias) + c; }
-
-  // What lies under tap j of token i.
-  template <typename Held, typename Access>
-  SSMKIT_INLINE static Vec<T> tap(const Held& held, const Piece<In>& piece, int i, int j, std::int64_t c, int v, Access access) {
-    if constexpr (kWidth > 0) return held.x[j][v];
-    else return access.get(piece.x[i + j] + c);
+// g (window + count + ahead + window, kCount * V) gets the gradients before the activation, zeros around them; those of
+// the parameters are added to dparameter (width + 1, dim), the last row the bias.
+template <typename In, int kWidth, int kCount, typename Access>
+SSMKIT_INLINE void gradients(const CausalConv1dBackward& p, const acc_t<In>* taps, const Piece<In>& piece,
+                             std::int64_t c, Access access, acc_t<In>* g, acc_t<In>* dparameter) {
+  using T = acc_t<In>;
+  constexpr int V = Vec<T>::size, kHeld = kWidth > 0 ? kWidth : 1;
+  const std::int64_t width = known<kWidth>(p.width), dim = p.dim, before = width - 1;
+  const int tokens = piece.count + piece.ahead;
+  const bool silu = p.silu;
+  const auto margin = static_cast<std::size_t>(before * kCount * V) * sizeof(T);
+  std::memset(g, 0, margin);
+  std::memset(g + (before + tokens) * kCount * V, 0, margin);
+  const Taps<T, kWidth, kCount, Access> w(taps + c, dim, access);
+  Vec<T> bias[kCount], db[kCount], dw[kHeld][kCount];
+  for (int v = 0; v < kCount; ++v) {
+    bias[v] = p.bias ? access.get(static_cast<const T*>(p.bias) + c + v * V) : Vec<T>(T(0));
+    db[v] = Vec<T>(T(0));
+    for (int j = 0; j < kHeld; ++j) dw[j][v] = Vec<T>(T(0));
   }
 
-  template <int kCount, typename Access>
-  SSMKIT_INLINE void forward(const Piece<In>& piece, std::int64_t c, Access access, In* y) const {
-    const std::int64_t width = this->width(), dim = p.dim;
-    const bool silu = p.silu;
-    const Taps<T, kWidth, kCount, Access> w(taps + c, dim, access);
-    Vec<T> b[kCount];
-    for (int v = 0; v < kCount; ++v) b[v] = p.bias ? access.get(bias(c) + v * V) : Vec<T>(T(0));
-    Window<In, kWidth, kCount, Access> window(piece.x, c, access);
-    for (int i = 0; i < piece.count; ++i) {
-      window.move_to(i);
+  Window<In, kWidth, kCount, Access> window(piece.x, c, access);
+  for (int i = 0; i < tokens; ++i) {
+    const In* dy = static_cast<const In*>(p.dy) + piece.row[i] * p.dy_stride + c;
+    window.move_to(i);
+    Vec<T> slope[kCount];
+    for (int v = 0; v < kCount; ++v) slope[v] = access.get(dy + v * V);
+    if (silu) {
       Vec<T> sum[kCount];
-      for (int v = 0; v < kCount; ++v) sum[v] = b[v];
+      for (int v = 0; v < kCount; ++v) sum[v] = bias[v];
       for (int j = 0; j < width; ++j)
-        for (int v = 0; v < kCount; ++v) sum[v] = fma(w(j, v), tap(window, piece, i, j, c + v * V, v, access), sum[v]);
-      In* out = y + piece.row[i] * dim + c;
-      for (int v = 0; v < kCount; ++v)
-        access.put(out + v * V, silu ? sum[v] * logistic_of(sum[v]).s : sum[v]);
+        for (int v = 0; v < kCount; ++v) sum[v] = fma(w(j, v), tap<kWidth>(window, piece, i, j, v, c, access), sum[v]);
+      for (int v = 0; v < kCount; ++v) {
+        const Logistic<T> l = logistic_of(sum[v]);
+        slope[v] = slope[v] * l.s * fma(sum[v], l.rest, Vec<T>(T(1)));
+      }
     }
-  }
-
-  // g (window + count + ahead + window, kCount * V) gets the gradients before the activation, zeros around them; those
-  // of the parameters are added to dparameter (width + 1, dim), the last row the bias.
-  template <int kCount, typename Access>
-  SSMKIT_INLINE void gradients(const Piece<In>& piece, std::int64_t c, Access access, const CausalConv1dBackward& q, T* g,
-                               T* dparameter) const {
-    const std::int64_t width = this->width(), dim = p.dim, before = width - 1;
-    const bool silu = p.silu;
-    const int known = piece.count + piece.ahead;
-    std::memset(g, 0, static_cast<std::size_t>(before * kCount * V) * sizeof(T));
-    std::memset(g + (before + known) * kCount * V, 0, static_cast<std::size_t>(before * kCount * V) * sizeof(T));
-    const Taps<T, kWidth, kCount, Access> w(taps + c, dim, access);
-    Vec<T> b[kCount], db[kCount], dw[kWidth > 0 ? kWidth : 1][kCount];
-    for (int v = 0; v < kCount; ++v) b[v] = p.bias ? access.get(bias(c) + v * V) : Vec<T>(T(0)), db[v] = Vec<T>(T(0));
-    for (int j = 0; j < kWidth; ++j)
-      for (int v = 0; v < kCount; ++v) dw[j][v] = Vec<T>(T(0));
-
-    Window<In, kWidth, kCount, Access> window(piece.x, c, access);
-    for (int i = 0; i < known; ++i) {
-      const In* dy = static_cast<const In*>(q.dy) + piece.row[i] * q.dy_stride + c;
-      window.move_to(i);
-      Vec<T> slope[kCount];
-      for (int v = 0; v < kCount; ++v) slope[v] = access.get(dy + v * V);
-      if (silu) {
-        Vec<T> sum[kCount];
-        for (int v = 0; v < kCount; ++v) sum[v] = b[v];
-        for (int j = 0; j < width; ++j)
-          for (int v = 0; v < kCount; ++v)
-            sum[v] = fma(w(j, v), tap(window, piece, i, j, c + v * V, v, access), sum[v]);
-        for (int v = 0; v < kCount; ++v) {
-          const Logistic<T> l = logistic_of(sum[v]);
-          slope[v] = slope[v] * l.s * fma(sum[v], l.rest, Vec<T>(T(1)));
+    for (int v = 0; v < kCount; ++v) store(g + ((before + i) * kCount + v) * V, slope[v]);
+    if (i >= piece.count) continue;
+    for (int v = 0; v < kCount; ++v) db[v] += slope[v];
+    for (int j = 0; j < width; ++j)
+      for (int v = 0; v < kCount; ++v) {
+        const Vec<T> x = tap<kWidth>(window, piece, i, j, v, c, access);
+        if constexpr (kWidth > 0) {
+          dw[j][v] = fma(slope[v], x, dw[j][v]);
+        } else {
+          T* sum = dparameter + j * dim + c + v * V;
+          access.put(sum, fma(slope[v], x, access.get(sum)));
         }
       }
-      for (int v = 0; v < kCount; ++v) store(g + ((before + i) * kCount + v) * V, slope[v]);
-      if (i >= piece.count) continue;
-      for (int v = 0; v < kCount; ++v) db[v] += slope[v];
-      if constexpr (kWidth > 0) {
-        for (int j = 0; j < kWidth; ++j)
-          for (int v = 0; v < kCount; ++v) dw[j][v] = fma(slope[v], window.x[j][v], dw[j][v]);
-      } else {
-        for (int j = 0; j < width; ++j)
-          for (int v = 0; v < kCount; ++v) {
-            T* sum = dparameter + j * dim + c + v * V;
-            access.put(sum, fma(slope[v], access.get(piece.x[i + j] + c + v * V), access.get(sum)));
-          }
-      }
-    }
-
-    for (int v = 0; v < kCount; ++v) {
-      T* sum = dparameter + c + v * V;
-      for (int j = 0; j < kWidth; ++j) access.put(sum + j * dim, access.get(sum + j * dim) + dw[j][v]);
-      access.put(sum + width * dim, access.get(sum + width * dim) + db[v]);
-    }
   }
 
-  // dx of a piece, and of the initial state before it.
-  template <int kCount, typename Access>
-  SSMKIT_INLINE void inputs(const Piece<In>& piece, std::int64_t c, Access access, const CausalConv1dBackward& q,
-                            const T* g) const {
-    const std::int64_t width = this->width(), dim = p.dim, window = width - 1;
-    const Taps<T, kWidth, kCount, Access> w(taps + c, dim, access);
-    // the entry of the final state that token i of the piece is, where it is 0 or more
-    const std::int64_t shift = window - piece.count - piece.ahead;
-    const In* dfinal = piece.to_end ? static_cast<const In*>(q.dfinal_state) : nullptr;
-    const std::int64_t state = piece.sequence * window;
-    for (std::int64_t i = piece.entries && q.dinitial_state ? -window : 0; i < piece.count; ++i) {
-      Vec<T> sum[kCount];
-      for (int v = 0; v < kCount; ++v) sum[v] = Vec<T>(T(0));
-      for (int k = 0; k < width; ++k)
-        for (int v = 0; v < kCount; ++v)
-          sum[v] = fma(w(width - 1 - k, v), load(g + ((window + i + k) * kCount + v) * V), sum[v]);
-      if (dfinal && i + shift >= 0)
-        for (int v = 0; v < kCount; ++v) sum[v] += access.get(dfinal + (state + i + shift) * dim + c + v * V);
-      In* out = i >= 0 ? static_cast<In*>(q.dx) + piece.row[i] * dim
-                       : static_cast<In*>(q.dinitial_state) + (state + window + i) * dim;
-      for (int v = 0; v < kCount; ++v) access.put(out + c + v * V, sum[v]);
-    }
+  for (int v = 0; v < kCount; ++v) {
+    T* sum = dparameter + c + v * V;
+    for (int j = 0; j < kWidth; ++j) access.put(sum + j * dim, access.get(sum + j * dim) + dw[j][v]);
+    access.put(sum + width * dim, access.get(sum + width * dim) + db[v]);
   }
-};
+}
+
+// dx of a piece, and of the initial state before it, from g.
+template <typename In, int kWidth, int kCount, typename Access>
+SSMKIT_INLINE void inputs(const CausalConv1dBackward& p, const acc_t<In>* taps, const Piece<In>& piece, std::int64_t c,
+                          Access access, const acc_t<In>* g) {
+  using T = acc_t<In>;
+  constexpr int V = Vec<T>::size;
+  const std::int64_t width = known<kWidth>(p.width), dim = p.dim, window = width - 1;
+  const Taps<T, kWidth, kCount, Access> w(taps + c, dim, access);
+  // the entry of the final state that token i of the piece is, where it is 0 or more
+  const std::int64_t shift = window - piece.count - piece.ahead;
+  const In* dfinal = piece.to_end ? static_cast<const In*>(p.dfinal_state) : nullptr;
+  const std::int64_t state = piece.sequence * window;
+  for (std::int64_t i = piece.entries && p.dinitial_state ? -window : 0; i < piece.count; ++i) {
+    Vec<T> sum[kCount];
+    for (int v = 0; v < kCount; ++v) sum[v] = Vec<T>(T(0));
+    for (int k = 0; k < width; ++k)
+      for (int v = 0; v < kCount; ++v)
+        sum[v] = fma(w(width - 1 - k, v), load(g + ((window + i + k) * kCount + v) * V), sum[v]);
+    if (dfinal && i + shift >= 0)
+      for (int v = 0; v < kCount; ++v) sum[v] += access.get(dfinal + (state + i + shift) * dim + c + v * V);
+    In* out = i >= 0 ? static_cast<In*>(p.dx) + piece.row[i] * dim
+                     : static_cast<In*>(p.dinitial_state) + (state + window + i) * dim;
+    for (int v = 0; v < kCount; ++v) access.put(out + c + v * V, sum[v]);
+  }
+}
+
+template <typename In, int kWidth, int kCount, typename Access>
+void backward_block(const CausalConv1dBackward& p, const acc_t<In>* taps, const Piece<In>& piece, std::int64_t c,
+                    Access access, acc_t<In>* g, acc_t<In>* dparameter) {
+  gradients<In, kWidth, kCount>(p, taps, piece, c, access, g, dparameter);
+  inputs<In, kWidth, kCount>(p, taps, piece, c, access, g);
+}
 
 // ---- whole calls ----------------------------------------------------------------------------------------------------
 
@@ -377,12 +378,41 @@ void transpose(T* out, const T* in, std::int64_t rows, std::int64_t cols) {
     for (std::int64_t c = 0; c < cols; ++c) out[c * rows + r] = in[r * cols + c];
 }
 
-template <typename In, int kWidth>
+// The kernel of kVecs whole vectors, by width.
+template <typename In>
+auto forward_blocks(std::int64_t width) {
+  switch (width) {
+    case 2: return &forward_block<In, 2, kVecs, Whole>;
+    case 3: return &forward_block<In, 3, kVecs, Whole>;
+    case 4: return &forward_block<In, 4, kVecs, Whole>;
+    default: return &forward_block<In, 0, kVecs, Whole>;
+  }
+}
+template <typename In>
+auto backward_blocks(std::int64_t width) {
+  switch (width) {
+    case 2: return &backward_block<In, 2, kVecs, Whole>;
+    case 3: return &backward_block<In, 3, kVecs, Whole>;
+    case 4: return &backward_block<In, 4, kVecs, Whole>;
+    default: return &backward_block<In, 0, kVecs, Whole>;
+  }
+}
+
+// whole(first channel) for blocks of kVecs vectors, some(first channel, access) for what is left, at most a vector each.
+template <typename T, typename F, typename G>
+SSMKIT_INLINE void for_blocks(std::int64_t begin, std::int64_t end, const F& whole, const G& some) {
+  constexpr int V = Vec<T>::size;
+  std::int64_t c = begin;
+  for (; c + kVecs * V <= end; c += kVecs * V) whole(c);
+  for (; c < end; c += V) some(c, Some{static_cast<int>(end - c < V ? end - c : V)});
+}
+
+template <typename In>
 void forward(const CausalConv1dForward& p) {
   using T = acc_t<In>;
+  const auto block = forward_blocks<In>(p.width);
   Scratch<T> taps(p.width * p.dim);
   transpose<T>(taps, static_cast<const T*>(p.weight), p.dim, p.width);
-  const Kernel<In, kWidth> kernel{p, taps};
   const Work work = Work::of(p, T());
   In* y = static_cast<In*>(p.y);
   work.run(p, T(), [&](std::int64_t part, std::int64_t begin, std::int64_t end) {
@@ -393,9 +423,9 @@ void forward(const CausalConv1dForward& p) {
       pieces.chunk(
           s, k, false,
           [&](const Piece<In>& piece) {
-            for_blocks<T>(begin, end, [&](auto vectors, auto access, std::int64_t c) {
-              kernel.template forward<decltype(vectors)::value>(piece, c, access, y);
-            });
+            for_blocks<T>(
+                begin, end, [&](std::int64_t c) { block(p, taps, piece, c, Whole()); },
+                [&](std::int64_t c, Some some) { forward_block<In, 0, 1>(p, taps, piece, c, some); });
           },
           [&](std::int64_t row) {
             std::memset(y + row * p.dim + begin, 0, static_cast<std::size_t>(end - begin) * sizeof(In));
@@ -404,14 +434,14 @@ void forward(const CausalConv1dForward& p) {
   });
 }
 
-template <typename In, int kWidth>
+template <typename In>
 void backward(const CausalConv1dBackward& p) {
   using T = acc_t<In>;
   constexpr int V = Vec<T>::size;
+  const auto block = backward_blocks<In>(p.width);
   const std::int64_t window = p.width - 1, rows = p.width + 1;
   Scratch<T> taps(p.width * p.dim);
   transpose<T>(taps, static_cast<const T*>(p.weight), p.dim, p.width);
-  const Kernel<In, kWidth> kernel{p, taps};
   const Work work = Work::of(p, T());
   Scratch<T> parts(work.parts * rows * p.dim);
   In* dx = static_cast<In*>(p.dx);
@@ -436,11 +466,9 @@ void backward(const CausalConv1dBackward& p) {
       pieces.chunk(
           s, k, true,
           [&](const Piece<In>& piece) {
-            for_blocks<T>(begin, end, [&](auto vectors, auto access, std::int64_t c) {
-              constexpr int count = decltype(vectors)::value;
-              kernel.template gradients<count>(piece, c, access, p, g, dparameter);
-              kernel.template inputs<count>(piece, c, access, p, g);
-            });
+            for_blocks<T>(
+                begin, end, [&](std::int64_t c) { block(p, taps, piece, c, Whole(), g, dparameter); },
+                [&](std::int64_t c, Some some) { backward_block<In, 0, 1>(p, taps, piece, c, some, g, dparameter); });
           },
           [&](std::int64_t row) { std::memset(dx + row * p.dim + begin, 0, bytes); });
     });
@@ -458,35 +486,24 @@ void backward(const CausalConv1dBackward& p) {
   }
 }
 
-template <typename In, typename F>
-void by_width(std::int64_t width, const F& f) {
-  switch (width) {
-    case 2: return f(In(), Vectors<2>());
-    case 3: return f(In(), Vectors<3>());
-    case 4: return f(In(), Vectors<4>());
-    default: return f(In(), Vectors<0>());
-  }
-}
-
-// f(element, width) with the width known for the usual ones, else 0.
-template <typename F>
-void by_type(const CausalConv1dParams& p, const F& f) {
-  switch (p.dtype) {
-    case DType::float32: return by_width<float>(p.width, f);
-    case DType::float64: return by_width<double>(p.width, f);
-    case DType::bfloat16: return by_width<bfloat16>(p.width, f);
-    default: return by_width<float16>(p.width, f);
-  }
-}
-
 }  // namespace
 
 void causal_conv1d_forward(const CausalConv1dForward& p) {
-  by_type(p, [&](auto element, auto width) { forward<decltype(element), decltype(width)::value>(with_threads(p)); });
+  switch (p.dtype) {
+    case DType::float32: return forward<float>(with_threads(p));
+    case DType::float64: return forward<double>(with_threads(p));
+    case DType::bfloat16: return forward<bfloat16>(with_threads(p));
+    default: return forward<float16>(with_threads(p));
+  }
 }
 
 void causal_conv1d_backward(const CausalConv1dBackward& p) {
-  by_type(p, [&](auto element, auto width) { backward<decltype(element), decltype(width)::value>(with_threads(p)); });
+  switch (p.dtype) {
+    case DType::float32: return backward<float>(with_threads(p));
+    case DType::float64: return backward<double>(with_threads(p));
+    case DType::bfloat16: return backward<bfloat16>(with_threads(p));
+    default: return backward<float16>(with_threads(p));
+  }
 }
 
 }  // namespace ssmkit::SSMKIT_CAPABILITY

@@ -139,7 +139,7 @@ class ComplexAdjoint {
 
  public:
   explicit ComplexAdjoint(const SelectiveScanBackward& p)
-      : p_(p), walk_(walk_of(p)), N_(p.dstate), g_(N_), decay_(kChunk * N_), states_((kChunk + 1) * N_) {}
+      : p_(p), walk_(walk_of(p)), N_(p.dstate), g_(N_), of_chunk_(3 * N_), decay_(kChunk * N_), states_((kChunk + 1) * N_) {}
 
   struct Sums {
     C *dA, *dB, *dC;  // of the channel; per-token dB and dC of the part (rows, dstate)
@@ -153,11 +153,23 @@ class ComplexAdjoint {
     for (std::int64_t k = sequence.chunks() - 1; k >= 0; --k) {
       chunk_.fill(walk_, sequence, k);
       recompute(channel, (sequence.slot + k) * N_ * p_.dim + d);
+      // sums of a chunk first, then of chunks: rounding errors grow with the shorter of the two
+      fill<C>(of_chunk_, 3 * N_, C{0, 0});
+      T dD = T(0), bias = T(0);
+      const Sums of_chunk{of_chunk_, p_.B_groups ? sums.dB : of_chunk_ + N_, p_.C_groups ? sums.dC : of_chunk_ + 2 * N_,
+                          &dD, &bias};
       for (int r = chunk_.nruns - 1; r >= 0; --r) {
         for (int t = chunk_.run[r].end - 1; t >= chunk_.run[r].begin; --t)
-          token(channel, t, chunk_.run[r].restart && t == chunk_.run[r].begin, sums);
+          token(channel, t, chunk_.run[r].restart && t == chunk_.run[r].begin, of_chunk);
         if (chunk_.run[r].restart) fill<C>(g_, N_, C{0, 0});
       }
+      for (std::int64_t n = 0; n < N_; ++n) {
+        sums.dA[n] = sums.dA[n] + of_chunk_[n];
+        if (!p_.B_groups) sums.dB[n] = sums.dB[n] + of_chunk_[N_ + n];
+        if (!p_.C_groups) sums.dC[n] = sums.dC[n] + of_chunk_[2 * N_ + n];
+      }
+      *sums.dD += dD;
+      *sums.bias += bias;
       for (int t = 0; t < chunk_.npads; ++t) {
         channel.put(p_.dx, chunk_.pad[t], T(0));
         channel.put(p_.ddt, chunk_.pad[t], T(0));
@@ -221,7 +233,7 @@ class ComplexAdjoint {
   const SelectiveScanBackward& p_;
   const Walk walk_;
   const std::int64_t N_;
-  Scratch<C> g_, decay_, states_;
+  Scratch<C> g_, of_chunk_, decay_, states_;
   Chunk chunk_;
 };
 

@@ -167,23 +167,24 @@ class Sparse {
 
 // ---- comparison -----------------------------------------------------------------------------------------------------
 
-// The bounds of ssmkit.testing.assert_close, times `slack`; whoever passes it states the cause.
+// The bounds of ssmkit.testing.assert_close, relative to `size`: the expected numbers, or for sums of terms that cancel
+// the sums of their absolute values.
 inline void close(const std::string& name, const std::vector<double>& actual, const std::vector<double>& expected,
-                  DType dtype, double slack = 1.0) {
+                  const std::vector<double>& size, DType dtype) {
   const bool wide = dtype == DType::float64 || dtype == DType::complex128;
   const double accumulated = wide ? 0x1p-52 : 0x1p-23;
   const double eps = dtype == DType::bfloat16 ? 0x1p-7 : dtype == DType::float16 ? 0x1p-10 : accumulated;
-  if (actual.size() != expected.size()) return fail(name + ": sizes differ");
+  if (actual.size() != expected.size() || size.size() != expected.size()) return fail(name + ": sizes differ");
   double error2 = 0, size2 = 0, worst = 0, largest = 0;
   for (std::size_t i = 0; i < actual.size(); ++i) {
     if (!std::isfinite(actual[i])) return fail(name + ": not finite at " + std::to_string(i));
     const double error = std::fabs(actual[i] - expected[i]);
-    error2 += error * error, size2 += expected[i] * expected[i];
-    worst = std::fmax(worst, error), largest = std::fmax(largest, std::fabs(expected[i]));
+    error2 += error * error, size2 += size[i] * size[i];
+    worst = std::fmax(worst, error), largest = std::fmax(largest, std::fabs(size[i]));
   }
-  if (std::sqrt(error2) > slack * (eps / 2 + 4 * accumulated) * std::sqrt(size2))
+  if (std::sqrt(error2) > (eps / 2 + 4 * accumulated) * std::sqrt(size2))
     fail(name + ": RMS error " + std::to_string(std::sqrt(error2 / size2) / accumulated) + " eps");
-  if (worst > slack * (eps + 16 * accumulated) * largest)
+  if (worst > (eps + 16 * accumulated) * largest)
     fail(name + ": worst error " + std::to_string(worst / largest / accumulated) + " eps");
 }
 
