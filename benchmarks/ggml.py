@@ -47,6 +47,7 @@ def library() -> tuple[ctypes.CDLL, ctypes.CDLL]:
         "ggml_new_tensor_4d": (handle, handle, ctypes.c_int, size, size, size, size),
         "ggml_get_data": (handle, handle),
         "ggml_ssm_scan": (handle, *[handle] * 8, size),
+        "ggml_ssm_conv": (handle, *[handle] * 3),
         "ggml_new_graph": (handle, handle),
         "ggml_build_forward_expand": (None, handle, handle),
         "ggml_free": (None, handle),
@@ -126,6 +127,32 @@ def selective_scan(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, threa
         context.tensor(C, dstate, ngroups, seqlen, batch),
         context.tensor(torch.arange(batch, dtype=torch.int32), batch),
         1,
+    )
+    graph = context.graph(result)
+
+    def run() -> Tensor:
+        context.compute(graph, threads)
+        return context.read(result, x.numel()).view(batch, seqlen, dim)
+
+    return Prepared(run, note=version(), held=context.nbytes)
+
+
+def causal_conv1d(x: Tensor, weight: Tensor, threads: int) -> Prepared:
+    """`ssm_conv` on copies of these inputs: zeros before the first token, neither bias nor activation.
+
+    Args:
+        x: (batch, seqlen, dim) fp32.
+        weight: (dim, width) fp32.
+    """
+    if x.dtype != torch.float32:
+        raise Absent("ssm_conv takes float32 only")
+    (batch, seqlen, dim), width = x.shape, weight.shape[1]
+    padded = torch.nn.functional.pad(x.transpose(1, 2), (width - 1, 0))
+    context = Context(4 * (padded.numel() + weight.numel() + 2 * x.numel()) + 2**26)
+    result = context.base.ggml_ssm_conv(
+        context.handle,
+        context.tensor(padded, seqlen + width - 1, dim, batch),
+        context.tensor(weight, width, dim),
     )
     graph = context.graph(result)
 
