@@ -459,7 +459,8 @@ def shipped_configurations() -> Iterator[tuple[str, Callable[[], object]]]:
     yield "bf16", partial(_both, bf16)
     yield "bf16, split, packed, flags, reverse, states", partial(_both, bf16, packed=True, flags=True, nsplits=4)
     yield "fp32, path, flags", partial(_both, fp32, path=True, flags=True)
-    yield "fp32, constant B and C", partial(_both, fp32, constant=True)
+    yield "fp32, constant B and C, no gate", partial(_both, fp32, constant=True, gate=False)
+    yield "bf16, no gate", partial(_both, bf16, gate=False)
     yield "bf16, 1 state", partial(_both, bf16, dstate=1)
     yield "fp32, 64 states", partial(_both, fp32, dstate=64)
     yield "bf16, 128 states", partial(_both, bf16, dstate=128)
@@ -467,7 +468,7 @@ def shipped_configurations() -> Iterator[tuple[str, Callable[[], object]]]:
 
 def _both(
     dtype: torch.dtype, *, dstate: int = 16, nsplits: int = 1,
-    packed: bool = False, flags: bool = False, path: bool = False, constant: bool = False,
+    packed: bool = False, flags: bool = False, path: bool = False, constant: bool = False, gate: bool = True,
 ) -> None:  # fmt: skip
     batch, seqlen, dim, nseq = (1 if packed else 2), 1024, 1536, (4 if packed else 2)
 
@@ -484,6 +485,6 @@ def _both(
         tensor(nseq + 1, dtype=torch.int64) if packed else None,
     )
     plan = plan_of(x, A, dim, nseq, packed)._replace(nsplits=nsplits)
-    inputs = (x, x, A, weight, weight, vector, x, vector, state, *tables)
+    inputs = (x, x, A, weight, weight, vector, x if gate else None, vector, state, *tables)
     checkpoints = forward(*inputs, True, packed, True, plan)[2]
     backward(x, state, *inputs, checkpoints, True, packed, plan)

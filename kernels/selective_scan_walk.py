@@ -187,7 +187,7 @@ def plan_of(x: Tensor, A: Tensor, run: int, nseq: int, packed: bool) -> Plan:
     if nseq * blocks * num_warps * 2 <= wanted:
         # The lengths of packed sequences are on the device; any of them may be all of the row.
         nsplits = wanted // (blocks * num_warps * (1 if packed else nseq))
-    return Plan(block_d, 4 if block_n <= 16 else 1, 8, num_warps, max(1, min(nsplits, seqlen // (2 * every))))
+    return Plan(block_d, 2 if block_n <= 16 else 1, 8, num_warps, max(1, min(nsplits, seqlen // (2 * every))))
 
 
 class Launch(NamedTuple):

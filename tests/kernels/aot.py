@@ -94,7 +94,8 @@ def hip_resources(compiled: CompiledKernel) -> dict[str, int]:
     return {
         "registers": field("vgpr_count"),
         "local_bytes": field("private_segment_fixed_size"),
-        "spills": field("vgpr_spill_count") + field("sgpr_spill_count"),
+        # Scalar registers spill into lanes of vector registers, not into memory.
+        "spills": field("vgpr_spill_count"),
     }
 
 
