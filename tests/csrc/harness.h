@@ -167,10 +167,10 @@ class Sparse {
 
 // ---- comparison -----------------------------------------------------------------------------------------------------
 
-// The bounds of ssmkit.testing.assert_close, relative to `size`: the expected numbers, or for sums of terms that cancel
-// the sums of their absolute values.
+// The bounds of ssmkit.testing.assert_close times `slack` (whoever passes it states the cause), relative to `size`: the
+// expected numbers, or for sums of terms that cancel the sums of their absolute values.
 inline void close(const std::string& name, const std::vector<double>& actual, const std::vector<double>& expected,
-                  const std::vector<double>& size, DType dtype) {
+                  const std::vector<double>& size, DType dtype, double slack = 1.0) {
   const bool wide = dtype == DType::float64 || dtype == DType::complex128;
   const double accumulated = wide ? 0x1p-52 : 0x1p-23;
   const double eps = dtype == DType::bfloat16 ? 0x1p-7 : dtype == DType::float16 ? 0x1p-10 : accumulated;
@@ -182,10 +182,15 @@ inline void close(const std::string& name, const std::vector<double>& actual, co
     error2 += error * error, size2 += size[i] * size[i];
     worst = std::fmax(worst, error), largest = std::fmax(largest, std::fabs(size[i]));
   }
-  if (std::sqrt(error2) > (eps / 2 + 4 * accumulated) * std::sqrt(size2))
+  if (std::sqrt(error2) > slack * (eps / 2 + 4 * accumulated) * std::sqrt(size2))
     fail(name + ": RMS error " + std::to_string(std::sqrt(error2 / size2) / accumulated) + " eps");
-  if (worst > (eps + 16 * accumulated) * largest)
+  if (worst > slack * (eps + 16 * accumulated) * largest)
     fail(name + ": worst error " + std::to_string(worst / largest / accumulated) + " eps");
+}
+
+inline void close(const std::string& name, const std::vector<double>& actual, const std::vector<double>& expected,
+                  DType dtype, double slack = 1.0) {
+  close(name, actual, expected, expected, dtype, slack);
 }
 
 }  // namespace ssmkit::testing
