@@ -55,9 +55,9 @@ class Gradients(NamedTuple):
 
 
 @triton.jit
-def advance(h_ND, restart, x_D, dt_D, A_ND, B_ND):
+def advance(h_ND, walk, restart, x_D, dt_D, A_ND, B_ND):
     """The state after one token; A_ND holds A / ln 2."""
-    if restart is not None:
+    if walk.flags is not None:
         h_ND = tl.where(restart, 0.0, h_ND)
     Abar_ND = tl.exp2(dt_D[None, :] * A_ND)  # (4)
     return Abar_ND * h_ND + (dt_D * x_D)[None, :] * B_ND  # (2a)
@@ -90,8 +90,8 @@ def selective_scan_fwd_kernel(
     at_B, at_C = run // sizes.B_share * dstate + n, run // sizes.C_share * dstate + n
 
     A_ND = tl.load(A_ptr + at_ND, mask=in_ND, other=0.0) * LOG2E
-    B_const = load_constant(tokens.B, tokens.B_row, at_ND, in_ND)
-    C_const = load_constant(tokens.C, tokens.C_row, at_ND, in_ND)
+    B_const = load_constant(tokens.B, tokens.B_row, at_ND, in_ND, ACC)
+    C_const = load_constant(tokens.C, tokens.C_row, at_ND, in_ND, ACC)
     D_D = load_vector(D_ptr, d, in_d, BLOCK_D, ACC)
     dt_bias_D = load_vector(dt_bias_ptr, d, in_d, BLOCK_D, ACC)
     h_ND = tl.zeros((BLOCK_N, BLOCK_D), ACC)
@@ -109,7 +109,7 @@ def selective_scan_fwd_kernel(
             loaded = ()
             for i in tl.static_range(TOKENS):
                 token = load_token(tokens, walk, first, length, p + i, p + i < end, d, in_d, REVERSE)
-                row, mask_D, z_D = token[0], token[3], None
+                row, mask_D, z_D = token[0], token[3], token[4]
                 if tokens.z is not None:
                     z_D = tl.load(tokens.z + row * tokens.z_row + d, mask=mask_D, other=0.0)
                 loaded += ((token, z_D),)
@@ -121,7 +121,7 @@ def selective_scan_fwd_kernel(
                 B_ND = load_weights(B_const, tokens.B, tokens.B_row, row, at_B, in_n & live, ACC)
                 C_ND = load_weights(C_const, tokens.C, tokens.C_row, row, at_C, in_n & live, ACC)
 
-                h_ND = advance(h_ND, restart, x_D, dt_D, A_ND, B_ND)
+                h_ND = advance(h_ND, walk, restart, x_D, dt_D, A_ND, B_ND)
                 y_D = tl.sum(C_ND * h_ND, axis=0) + D_D * x_D  # (2b)
                 if tokens.z is not None:
                     y_D *= silu(z_D.to(ACC))
@@ -154,7 +154,7 @@ def selective_scan_local_kernel(
     at_N = run // share * dstate + n
 
     A_ND = tl.load(A_ptr + at_ND, mask=in_ND, other=0.0) * LOG2E
-    constant_ND = load_constant(weights, weights_row, at_ND, in_ND)
+    constant_ND = load_constant(weights, weights_row, at_ND, in_ND, ACC)
     dt_bias_D = load_vector(dt_bias_ptr, d, in_d, BLOCK_D, ACC)
     dt_sum_D = tl.zeros((BLOCK_D,), ACC)
     h_ND = tl.zeros((BLOCK_N, BLOCK_D), ACC)
@@ -166,7 +166,7 @@ def selective_scan_local_kernel(
         for i in tl.static_range(TOKENS):
             p = end - 1 - done - i if BACKWARD else begin + done + i
             token = load_token(tokens, walk, first, length, p, done + i < count, d, in_d, REVERSE)
-            row, mask_D, u_D, z_D = token[0], token[3], token[4], None
+            row, mask_D, u_D, z_D = token[0], token[3], token[4], token[4]
             if BACKWARD:
                 u_D, z_D = load_dy_and_z(dy_ptr, dy_row, tokens, row, d, mask_D)
             loaded += ((token, u_D, z_D),)
@@ -181,12 +181,12 @@ def selective_scan_local_kernel(
                 if tokens.z is not None:
                     u_D *= silu(z_D.to(ACC))
                 h_ND = tl.exp2(dt_D[None, :] * A_ND) * (h_ND + u_D[None, :] * weights_ND)
-                if restart is not None:
+                if walk.flags is not None:
                     h_ND = tl.where(restart, 0.0, h_ND)
             else:
-                h_ND = advance(h_ND, restart, u_D, dt_D, A_ND, weights_ND)
+                h_ND = advance(h_ND, walk, restart, u_D, dt_D, A_ND, weights_ND)
             dt_sum_D += dt_D
-            if restart is not None:
+            if walk.flags is not None:
                 dt_sum_D = tl.where(restart, float("inf"), dt_sum_D)
 
     tl.store(states_ptr + part * sizes.dim * dstate + at_ND, h_ND, mask=in_ND)
@@ -249,8 +249,8 @@ def selective_scan_bwd_kernel(
     home = part if walk.cu_seqlens is None else first // sizes.span + seq + split
 
     A_ND = tl.load(A_ptr + at_ND, mask=in_ND, other=0.0) * LOG2E
-    B_const = load_constant(tokens.B, tokens.B_row, at_ND, in_ND)
-    C_const = load_constant(tokens.C, tokens.C_row, at_ND, in_ND)
+    B_const = load_constant(tokens.B, tokens.B_row, at_ND, in_ND, ACC)
+    C_const = load_constant(tokens.C, tokens.C_row, at_ND, in_ND, ACC)
     D_D = load_vector(D_ptr, d, in_d, BLOCK_D, ACC)
     dt_bias_D = load_vector(dt_bias_ptr, d, in_d, BLOCK_D, ACC)
     dA_ND = tl.zeros((BLOCK_N, BLOCK_D), ACC)
@@ -281,7 +281,7 @@ def selective_scan_bwd_kernel(
                     row, live, restart, _mask_D, x_D, dt_D = loaded[i]
                     dt_D = step_size(dt_D, dt_bias_D, live, SOFTPLUS)
                     B_ND = load_weights(B_const, tokens.B, tokens.B_row, row, at_B, in_n & live, ACC)
-                    h_ND = advance(h_ND, restart, x_D.to(ACC), dt_D, A_ND, B_ND)
+                    h_ND = advance(h_ND, walk, restart, x_D.to(ACC), dt_D, A_ND, B_ND)
 
         tl.debug_barrier()
         for later_steps in range(nsteps):
@@ -297,7 +297,7 @@ def selective_scan_bwd_kernel(
                 row, live, restart, _mask_D, x_D, dt_D = token
                 dt_D = step_size(dt_D, dt_bias_D, live, SOFTPLUS)
                 B_ND = load_weights(B_const, tokens.B, tokens.B_row, row, at_B, in_n & live, ACC)
-                h_ND = advance(h_ND, restart, x_D.to(ACC), dt_D, A_ND, B_ND)
+                h_ND = advance(h_ND, walk, restart, x_D.to(ACC), dt_D, A_ND, B_ND)
 
             tl.debug_barrier()
             # dy and z come from far away: they are fetched one token ahead.
@@ -339,7 +339,7 @@ def selective_scan_bwd_kernel(
 
                 # From here on dh and h stand before the token: the gradient of dt A is their product.
                 dh_ND *= tl.exp2(dt_D[None, :] * A_ND)
-                if restart is not None:
+                if walk.flags is not None:
                     dh_ND = tl.where(restart, 0.0, dh_ND)
                 before_ptr = scratch_ptr + (home * SLOTS + SLOTS - STEP + i) * sizes.dim * dstate
                 h_ND = tl.load(before_ptr + at_ND, mask=in_ND, other=0.0)

@@ -88,16 +88,13 @@ def tile_of(d, in_d, dstate: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def visit(walk, first, length, p, inside, REVERSE: tl.constexpr):
-    """Row at position p; whether its token counts, that is lies inside and is no pad; whether it drops the state.
-
-    The last is None if none does.
-    """
+    """Row at position p; whether its token counts, that is lies inside and is no pad; whether it drops the state."""
     token = length - 1 - p if REVERSE else p
     if walk.order is not None:
         token = tl.load(walk.order + token, mask=inside, other=0)
     row = first + token
     if walk.flags is None:
-        return row, inside, None
+        return row, inside, tl.full((), 0, tl.int1)
     else:
         flag = tl.load(walk.flags + row, mask=inside, other=0)
         return row, inside & ((flag & PAD) == 0), (flag & RESTART) != 0
@@ -132,21 +129,21 @@ def load_vector(ptr, d, in_d, BLOCK_D: tl.constexpr, ACC: tl.constexpr):
 
 
 @triton.jit
-def load_constant(ptr, row_stride, at_ND, in_ND):
-    """A constant B or C, (N, D); None if it comes per token."""
+def load_constant(ptr, row_stride, at_ND, in_ND, ACC: tl.constexpr):
+    """A constant B or C, (N, D); zeros, which nobody uses, if it comes per token."""
     if row_stride is None:
         return tl.load(ptr + at_ND, mask=in_ND, other=0.0)
     else:
-        return None
+        return tl.zeros_like(in_ND).to(ACC)
 
 
 @triton.jit
 def load_weights(constant_ND, ptr, row_stride, row, at_N, mask_N, ACC: tl.constexpr):
     """B or C of one token, (N, 1); or the constant (N, D)."""
-    if constant_ND is None:
-        return tl.load(ptr + row * row_stride + at_N, mask=mask_N, other=0.0).to(ACC)[:, None]
-    else:
+    if row_stride is None:
         return constant_ND
+    else:
+        return tl.load(ptr + row * row_stride + at_N, mask=mask_N, other=0.0).to(ACC)[:, None]
 
 
 @triton.jit
