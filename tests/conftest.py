@@ -28,6 +28,15 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
 
 
 @pytest.fixture(autouse=True)
+def restore_threads():
+    """Sums are split by the number of threads, so a test that sets it must not change what others compute."""
+    threads = torch.get_num_threads()
+    yield
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
 def compile_afresh(request):
     """A test that compiles starts without the compiled forms, and the count of them, that others left."""
     if "compile" in request.node.name:

@@ -21,7 +21,7 @@ constexpr std::int64_t kSummed = 64;       // tokens whose part of da is summed 
 // the hardware follows that upwards but not downwards, so a walk downwards fetches the block of kReach bytes before its
 // own, upwards. Smaller tensors are in a cache, and a longer tile keeps the states in registers for longer.
 // Fastest of 2 K to 64 K each on an AMD EPYC 9004 (Zen 4): backward of (1, 4096, 1536) from 10 to 6.6 ms on one core.
-constexpr std::int64_t kCached = 2 << 20, kTile = 16 << 10, kReach = 16 << 10;
+constexpr std::int64_t kCached = 3 << 20, kTile = 16 << 10, kReach = 16 << 10;
 
 // What a walk over (part of) a sequence needs besides its positions and columns.
 template <typename T>
@@ -92,7 +92,7 @@ class Division {
     for (std::int64_t done = 0; done < hi - lo; done += tile) {
       const std::int64_t count = hi - lo - done < tile ? hi - lo - done : tile;
       const std::int64_t first = Pass::kAdjoint ? hi - done - count : lo + done;
-      for_slices<T>(columns, [&](auto slice) { pass_.output(task, first, first + count, slice, state); });
+      for_slices<kMaxVectors, T>(columns, [&](auto slice) { pass_.output(task, first, first + count, slice, state); });
       unsummed += count;
       if (da && (unsummed >= kSummed || done + count == hi - lo)) {
         unsummed = 0;
@@ -144,22 +144,16 @@ class Division {
     };
     for_tasks([&](std::int64_t s, std::int64_t segment, std::int64_t row, std::int64_t lo, std::int64_t hi, Columns c) {
       if (segment == last) return;
-      for_vectors(c, [&](auto slice) {
+      for_slices<1, T>(c, [&](auto slice) {
         pass_.carry(pass_.walk.sequence(s), lo, hi, slice, products + row, states + row);
       });
     });
     for (std::int64_t s = 0; s < nseq_; ++s)
-      for_vectors({0, width_}, [&](auto slice) { chain(s, slice, products, states); });
+      for_slices<1, T>({0, width_}, [&](auto slice) { chain(s, slice, products, states); });
     for_tasks([&](std::int64_t s, std::int64_t segment, std::int64_t row, std::int64_t lo, std::int64_t hi, Columns c) {
       walk(s, lo, hi, c, states + row, da, row / width_);
       if (segment == last) copy(states + row, pass_.result(s), c);
     });
-  }
-
-  template <typename Body>
-  static void for_vectors(Columns columns, const Body& body) {
-    for_whole_slices<1, T>(columns, body);
-    if (columns.begin < columns.end) body(Slice<1, true>{columns.begin, static_cast<int>(columns.end - columns.begin)});
   }
 
   // From the maps of the segments of a sequence to the state before each.
@@ -190,7 +184,7 @@ void sum_rows(const T* rows, std::int64_t count, std::int64_t width, T* to, int 
   constexpr std::int64_t V = Vec<T>::size;
   parallel_for((width + V - 1) / V, threads, [&](std::int64_t begin, std::int64_t end, int) {
     const std::int64_t stop = end * V < width ? end * V : width;
-    for_slices<T>({begin * V, stop}, [&](auto slice) {
+    for_slices<kMaxVectors, T>({begin * V, stop}, [&](auto slice) {
       for (int v = 0; v < decltype(slice)::kVectors; ++v) {
         Vec<T> total(T(0));
         for (std::int64_t first = 0; first < count; first += 64) {

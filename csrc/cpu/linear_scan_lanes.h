@@ -66,8 +66,8 @@ struct Kind {
 
 // ---- slices of columns --------------------------------------------------------------------------------------------
 
-// kVectors whole vectors from a column on, or the first `lanes` lanes of one.
-template <int kVectorCount, bool kIsPartial>
+// kVectors whole vectors from a column on; a single one may have fewer than all its lanes.
+template <int kVectorCount>
 struct Slice {
   static constexpr int kVectors = kVectorCount;
   std::int64_t column;
@@ -75,8 +75,14 @@ struct Slice {
 
   template <typename P>
   SSMKIT_INLINE Vec<acc_t<P>> get(const P* row, int v) const {
-    if constexpr (kIsPartial) return load(row + column, lanes);
-    else return load(row + column + v * Vec<acc_t<P>>::size);
+    constexpr int size = Vec<acc_t<P>>::size;
+    return kVectors > 1 || lanes == size ? load(row + column + v * size) : load(row + column, lanes);
+  }
+  template <typename P>
+  SSMKIT_INLINE void put(P* row, int v, Vec<acc_t<P>> x) const {
+    constexpr int size = Vec<acc_t<P>>::size;
+    if (kVectors > 1 || lanes == size) store(row + column + v * size, x);
+    else store(row + column, x, lanes);
   }
   // Brings this part of a row into the second cache.
   template <typename P>
@@ -85,30 +91,19 @@ struct Slice {
     for (int line = 0; line < kVectors * static_cast<int>(Vec<acc_t<P>>::size * sizeof(P)); line += 64)
       __builtin_prefetch(p + line, 0, 2);
   }
-
-  template <typename P>
-  SSMKIT_INLINE void put(P* row, int v, Vec<acc_t<P>> x) const {
-    if constexpr (kIsPartial) store(row + column, x, lanes);
-    else store(row + column + v * Vec<acc_t<P>>::size, x);
-  }
 };
 
 struct Columns {
   std::int64_t begin, end;
 };
 
+// body(slice) for the columns in order, in slices of at most kVectors: as many of those as fit, then of 4, then of 1.
 template <int kVectors, typename T, typename Body>
-SSMKIT_INLINE void for_whole_slices(Columns& left, const Body& body) {
-  constexpr std::int64_t size = kVectors * Vec<T>::size;
-  for (; left.begin + size <= left.end; left.begin += size) body(Slice<kVectors, false>{left.begin, 0});
-  if constexpr (kVectors > 1) for_whole_slices<kVectors / 2, T>(left, body);
-}
-
-// body(slice) for the columns in order, in the largest slices that fit.
-template <typename T, typename Body>
-SSMKIT_INLINE void for_slices(Columns columns, const Body& body) {
-  for_whole_slices<kMaxVectors, T>(columns, body);
-  if (columns.begin < columns.end) body(Slice<1, true>{columns.begin, static_cast<int>(columns.end - columns.begin)});
+SSMKIT_INLINE void for_slices(Columns left, const Body& body) {
+  constexpr std::int64_t V = Vec<T>::size, size = kVectors * V;
+  for (; left.begin + size <= left.end; left.begin += size) body(Slice<kVectors>{left.begin, static_cast<int>(V)});
+  if constexpr (kVectors > 1) for_slices<(kVectors > 4 ? 4 : 1), T>(left, body);
+  else if (left.begin < left.end) body(Slice<1>{left.begin, static_cast<int>(left.end - left.begin)});
 }
 
 }  // namespace

@@ -67,6 +67,11 @@ class TrainOptions:
             raise ValueError(f"refine_limit must lie in [0, 1), got {self.refine_limit}")
 
     @property
+    def log_every(self) -> int:
+        """Steps between entries of the logs."""
+        return min(10, self.steps)
+
+    @property
     def stage_steps(self) -> int:
         """Steps of one stage of label refinement."""
         return max(1, math.ceil(self.steps / self.stages))
@@ -155,8 +160,10 @@ class TrajectoryTask(pl.LightningModule):
             past_actions=past_actions,
             beta=beta,
         )
-        self.log("loss", terms["loss"].detach(), prog_bar=True)
-        self.log_dict({f"{name}_loss": value.detach() for name, value in terms.items() if name != "loss"})
+        # Lightning's bookkeeping of a metric costs more than a small model's step; it writes every few steps anyway.
+        if (self.global_step + 1) % self.options.log_every == 0:
+            self.log("loss", terms["loss"].detach(), prog_bar=True)
+            self.log_dict({f"{name}_loss": value.detach() for name, value in terms.items() if name != "loss"})
         return terms["loss"]
 
     def configure_optimizers(self) -> Any:
@@ -257,7 +264,7 @@ def fit(
             max_epochs=-1,
             gradient_clip_val=options.clip,
             logger=logger if logger is not None else pl.loggers.CSVLogger(run, name=LOGS, flush_logs_every_n_steps=10),
-            log_every_n_steps=min(10, options.steps),
+            log_every_n_steps=options.log_every,
             callbacks=[keep, *([StepBar()] if progress else []), *(callbacks or [])],
             plugins=[AtomicCheckpointIO()],
             use_distributed_sampler=False,

@@ -66,14 +66,12 @@ def run(monkeypatch):
     # Collecting garbage at every turn takes most of the time here; a test of its own measures memory.
     monkeypatch.setattr(candidate, "release_memory", lambda: None)
     monkeypatch.setattr(worker, "release_memory", lambda: None)
-    threads = torch.get_num_threads()
 
     def run(keep=lambda results: None, **plan):
         plan = {"rounds": 3, "shapes": ("few rows",), "rivals": ("right", "wrong"), **plan}
         return Runner(Plan(bench="doubled", **plan), start=InProcess, say=lambda line: None).run(keep)
 
-    yield run
-    torch.set_num_threads(threads)
+    return run
 
 
 def rows(results, cell=0):

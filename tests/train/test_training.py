@@ -89,6 +89,8 @@ TRAINING = textwrap.dedent(
     """
     import sys
     sys.path.insert(0, {tests!r})
+    import torch
+    torch.set_num_threads({threads})
     from train.test_training import CPU, TrainOptions, make
     from ssmkit.data import record_pendulum
     from ssmkit.train.trajectory import fit
@@ -103,7 +105,7 @@ def test_a_killed_training_leaves_a_whole_checkpoint_and_resumes_to_the_same_num
     """SIGKILL at any moment: the newest checkpoint is readable, and going on from it changes nothing."""
     run, steps = tmp_path / "killed", 100_000
     tests = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    script = TRAINING.format(tests=tests, run=str(run), steps=steps)
+    script = TRAINING.format(tests=tests, threads=torch.get_num_threads(), run=str(run), steps=steps)
     child = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 120
     while not (run / LAST).is_file() and child.poll() is None and time.monotonic() < deadline:
