@@ -19,17 +19,9 @@ from ssmkit.backends import Backend, choose, load
 from ssmkit.ops._check import FLOATS, check_device, check_dtype, check_shape
 from ssmkit.ops._define import absent, acc_dtype, define, gradients, present
 
-LARGEST_GROUP = 16384  # channels that one Triton program keeps in registers
-
-
-def large_group(*, group_size: int, **_: object) -> str | None:
-    """Why the Triton kernel cannot take a group of this size."""
-    return f"groups of more than {LARGEST_GROUP} channels, got {group_size}" if group_size > LARGEST_GROUP else None
-
-
 BACKENDS = (
     Backend("cuda", device="cuda", module="ssmkit.native.rms_norm_cuda"),
-    Backend("triton", device="cuda", module="ssmkit.kernels.rms_norm", rejects=large_group),
+    Backend("triton", device="cuda", module="ssmkit.kernels.rms_norm"),
     Backend("cpu", device="cpu", module="ssmkit.native.rms_norm"),
 )
 

@@ -16,6 +16,7 @@ SHAPES = {  # leading axes, dim, group_size
     "odd rows, odd channels": ((3, 37), 33, 11),
     "more rows than a block": ((150,), 20, 4),
     "a wide row": ((2,), 1500, None),
+    "groups beyond the registers": ((5,), 8202, 4101),
     "groups of one": ((5,), 6, 1),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}

@@ -63,4 +63,5 @@ def delayed(x: Tensor, steps: int) -> Tensor:
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "demo": {},
+    "demo-history": {"history": 4, "context": 20},
 }

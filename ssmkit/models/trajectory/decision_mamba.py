@@ -199,5 +199,5 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "released": {},
     "released-hopper": {"embedding": "linear"},
     "small": {"dim": 128, "depth": 3},
-    "demo": {"dim": 64, "depth": 2, "embedding": "linear"},
+    "demo": {"dim": 32, "depth": 2, "embedding": "linear"},
 }
