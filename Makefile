@@ -1,6 +1,6 @@
 # make demo    set up and run the main job: record trajectories, train a Decision Mamba, evaluate it
 # make test    set up and run the tests
-# make test-all  those that take minutes too: packaging, sanitisers, kernels compiled ahead of time for every target
+# make test-quick  without those that compile: packaging, sanitisers, kernels ahead of time for every target
 # make lint    formatter, linter, type check
 # make bench   time the ops against their rivals (OP=selective_scan for one)
 # make doctor  what can run here, and why the rest cannot
@@ -11,8 +11,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 OP ?= selective_scan
+JOBS ?= auto
 
-.PHONY: demo test test-all lint bench doctor setup dev clean
+.PHONY: demo test test-quick lint bench doctor setup dev clean
 .DELETE_ON_ERROR:
 
 # torch first and pinned, so that no other package chooses a build of it.
@@ -42,10 +43,10 @@ demo: $(VENV)/ssmkit.stamp
 	$(BIN)/ssmkit demo --out runs/demo
 
 test: $(VENV)/test.stamp
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS)
 
-test-all: $(VENV)/test.stamp
-	$(BIN)/python -m pytest
+test-quick: $(VENV)/test.stamp
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

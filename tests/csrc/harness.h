@@ -121,6 +121,10 @@ class Tensor {
     for (std::int64_t i = 0; i < count(); ++i) put(at(i), dtype_, shift + scale * uniform());
     return *this;
   }
+  Tensor& set(const std::vector<double>& values) {
+    for (std::int64_t i = 0; i < count(); ++i) put(at(i), dtype_, values[i]);
+    return *this;
+  }
   // As the kernel sees them, rounded to the dtype; real and imaginary parts in turn.
   std::vector<double> values() const {
     std::vector<double> result;
