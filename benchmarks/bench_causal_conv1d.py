@@ -92,6 +92,7 @@ register(
             "Vim-Ti, 224x224 image": {"batch": 4, "seqlen": 197, "dim": 384, "width": 4},
         },
         fixed={"optional": ("bias",), "requires_grad": False},
+        parameters=("weight", "bias"),
         bytes_moved=bytes_moved,
         exps=exps,
         fmas=multiply_adds,

@@ -35,6 +35,7 @@ register(
             "Mamba-2.8B, 1024 tokens": {"rows": 1024, "dim": 2560},
             "Decision Mamba, 64 x 60 tokens": {"rows": 3840, "dim": 128},
         },
+        parameters=("weight", "bias"),
         bytes_moved=bytes_moved,
         rivals={"torch add + rms_norm": torch_rms_norm},
     )

@@ -263,6 +263,7 @@ register(
             "Vim-Ti, 224x224 image": {"batch": 4, "seqlen": 197, "dim": 384, "dstate": 16},
         },
         fixed={"optional": ("D", "dt_bias"), "requires_grad": False},
+        parameters=("A", "D", "dt_bias"),
         bytes_moved=bytes_moved,
         exps=states,
         fmas=multiply_adds,

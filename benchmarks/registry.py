@@ -110,6 +110,7 @@ class Bench:
             among the sizes, `dtype` and `mode` ("fwd" or "fwdbwd").
         rivals: Name -> adapter. An import error, or `Absent`, in an adapter reports the rival as absent.
         slack: Multiplies the bounds of the tests that our own op is held to; say why beside it.
+        parameters: Inputs that serve every token: their gradients have the tests' `CANCELLATION` besides.
         reference: The float64 truth, called as the op is; by default the op with `backend="reference"`.
         gradients: Names of the inputs to differentiate; by default every floating-point tensor.
         modes: "fwd" alone for an op without gradients.
@@ -127,6 +128,7 @@ class Bench:
     fmas: Callable[..., float] | None = None
     rivals: Mapping[str, Callable[..., Any] | Rival] = field(default_factory=dict)
     slack: float = 1.0
+    parameters: tuple[str, ...] = ()
     reference: Callable[..., Any] | None = None
     gradients: tuple[str, ...] | None = None
     modes: tuple[str, ...] = MODES

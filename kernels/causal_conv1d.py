@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import acc_dtype, interpreted, on_device_of, register_limit, sum_parts
+from .launch import acc_dtype, interpreted, on_device_of, register_limit, row_stride, sum_parts
 from .math import rounded, silu, silu_grad
 
 RESTART, PAD = tl.constexpr(1), tl.constexpr(2)  # bits of `flags`
@@ -359,11 +359,6 @@ class Plan:
         """`rows` tokens of a 128-byte line of half precision; where they are interpreted, more of them at a time."""
         block_l = triton.next_power_of_2(max(rows, min(self.tokens, 1024))) if interpreted() else rows
         return {"BLOCK_L": block_l, "BLOCK_D": 64, "num_warps": num_warps}
-
-
-def row_stride(x: Tensor) -> int:
-    """Elements from one token to the next."""
-    return x.stride(1) if x.shape[1] > 1 else x.stride(0)
 
 
 def forward(

@@ -15,7 +15,7 @@ from .math import rounded, silu
 @triton.jit(do_not_specialize=["seqlen"])
 def causal_conv1d_step_kernel(
     x_ptr, state_ptr, weight_ptr, bias_ptr, seen_ptr, slots_ptr, y_ptr,
-    seqlen, dim, state_len, x_batch_stride, x_stride,
+    seqlen, dim, nslots, state_len, x_batch_stride, x_stride,
     WIDTH: tl.constexpr, SILU: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_D channels of one row. x, y (batch, seqlen, dim); state (slots, state_len, dim)."""
@@ -25,15 +25,15 @@ def causal_conv1d_step_kernel(
     slot = b
     if slots_ptr is not None:
         slot = tl.load(slots_ptr + b).to(tl.int64)
-    used = in_d & (slot >= 0)
+    used = in_d & (slot >= 0) & (slot < nslots)
     x_ptr += b * x_batch_stride + d
     y_ptr += b * seqlen * dim + d
-    state_ptr += tl.maximum(slot, 0) * state_len * dim + d
+    state_ptr += tl.minimum(tl.maximum(slot, 0), nslots - 1) * state_len * dim + d
     # In a ring, entry start + i holds the i-th oldest input.
     zero = tl.full((), 0, tl.int64)  # indices that begin with it have 64 bits
     start = zero
     if seen_ptr is not None:
-        start += tl.load(seen_ptr + b) % state_len
+        start += tl.maximum(tl.load(seen_ptr + b), 0) % state_len
 
     for t in range(seqlen):
         v_D = tl.zeros((BLOCK_D,), ACC)
@@ -88,7 +88,7 @@ def step(
     with on_device_of(x):
         causal_conv1d_step_kernel[(batch, triton.cdiv(dim, block_d))](
             x, state, weight, bias, cache_seqlens, state_indices, y,
-            seqlen, dim, state.shape[1], x.stride(0), x.stride(1) if x.ndim == 3 else 0,
+            seqlen, dim, state.shape[0], state.shape[1], x.stride(0), x.stride(1) if x.ndim == 3 else 0,
             WIDTH=weight.shape[1], SILU=silu, ACC=tl.float64 if acc_dtype(x.dtype) == torch.float64 else tl.float32,
             BLOCK_D=block_d, num_warps=2, **register_limit(128),
         )  # fmt: skip

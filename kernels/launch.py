@@ -47,6 +47,11 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def row_stride(x: Tensor) -> int:
+    """Elements from one token of flat rows to the next; where rows have one token, from one row to the next."""
+    return x.stride(1 if x.shape[1] > 1 else 0)
+
+
 def register_limit(registers: int) -> dict[str, int]:
     """Stated where it can be: left to itself, ptxas would rather spill a little than keep fewer programs resident."""
     if interpreted() or triton.runtime.driver.active.get_current_target().backend != "cuda":

@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import MAX_GRID_YZ, interpreted, multiprocessors, on_device_of, sum_parts
+from .launch import MAX_GRID_YZ, interpreted, multiprocessors, on_device_of, row_stride, sum_parts
 from .math import rounded
 
 RESTART, PAD = tl.constexpr(1), tl.constexpr(2)  # bits of `flags`
@@ -327,9 +327,7 @@ class Plan:
             rows, block = rows_at_once(), 32 if b.itemsize >= 8 else 64
         block = max(block, triton.next_power_of_2(triton.cdiv(self.dim, MAX_GRID_YZ)))
         blocks = max(1, triton.cdiv(self.dim, block))
-        # Packed sequences share the tokens of one row, however many they are.
-        sequences = batch if cu_seqlens is None else 1
-        wanted = split_length(max(1, sequences) * blocks, self.seqlen, multiprocessors(b.device))
+        wanted = split_length(max(1, self.nseq) * blocks, self.seqlen, multiprocessors(b.device))
         self.seg = max(rows, triton.cdiv(triton.cdiv(self.seqlen, wanted), rows) * rows)
         self.nsplits = max(1, triton.cdiv(self.seqlen, self.seg))
         self.grid = (self.nseq * self.nsplits, blocks)
@@ -348,7 +346,7 @@ class Plan:
         products, ends = (b.new_empty(self.nseq, self.nsplits, self.dim, dtype=self.acc) for _ in range(2))
         linear_scan_carry_kernel[self.grid](
             real(a), real(b), flags, cu_seqlens, real(products), real(ends),
-            *self.sizes, row_stride(a), row_stride(b), self.nsplits, self.seg,
+            *self.sizes, reals_per_row(a), reals_per_row(b), self.nsplits, self.seg,
             ADJOINT=adjoint, REVERSE=reverse, **self.constants,
         )  # fmt: skip
         return real(products), real(ends)
@@ -359,10 +357,9 @@ def real(x: Tensor | None) -> Tensor | None:
     return torch.view_as_real(x) if x is not None and x.is_complex() else x
 
 
-def row_stride(x: Tensor) -> int:
+def reals_per_row(x: Tensor) -> int:
     """Reals from one token of flat rows to the next; 0 for one row that serves all tokens."""
-    stride = 0 if x.ndim == 1 else x.stride(1 if x.shape[1] > 1 else 0)
-    return stride * (2 if x.is_complex() else 1)
+    return 0 if x.ndim == 1 else row_stride(x) * (2 if x.is_complex() else 1)
 
 
 def forward(
@@ -381,7 +378,7 @@ def forward(
             linear_scan_fwd_kernel[plan.grid](
                 real(a), real(b), real(initial_state), flags, cu_seqlens, products, ends,
                 real(h), real(states) if kept else None, real(final_state),
-                *plan.sizes, row_stride(a), row_stride(b), plan.nsplits, plan.seg, REVERSE=reverse, **plan.constants,
+                *plan.sizes, reals_per_row(a), reals_per_row(b), plan.nsplits, plan.seg, REVERSE=reverse, **plan.constants,
             )  # fmt: skip
     return h, final_state, states
 
@@ -402,7 +399,7 @@ def backward(
             linear_scan_bwd_kernel[plan.grid](
                 real(dh), real(dfinal_state), real(a), real(h), real(initial_state), flags, cu_seqlens,
                 products, ends, real(da), real(db), real(dinitial_state),
-                *plan.sizes, row_stride(dh), row_stride(a), plan.nsplits, plan.seg,
+                *plan.sizes, reals_per_row(dh), reals_per_row(a), plan.nsplits, plan.seg,
                 CONSTANT_A=constant_a, REVERSE=reverse, **plan.constants,
             )  # fmt: skip
     if constant_a:

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import on_device_of, sum_parts
+from .launch import on_device_of, row_stride, sum_parts
 from .math import LN2, LOG2E, rounded, silu, silu_grad, softplus_grad
 from .selective_scan_walk import (
     CHECKPOINT_EVERY,
@@ -375,7 +375,7 @@ def entering_states(
     if nsplits == 1 or not call.grid[0]:
         return None
     states, dt_sum = A.new_empty(call.nparts, dim, dstate), A.new_empty(call.nparts, dim)
-    dy_row = None if dy is None else dy.stride(1)
+    dy_row = None if dy is None else row_stride(dy)
     seqlen = call.tokens.x.shape[1]
     selective_scan_local_kernel[call.grid](
         call.tokens, call.walk, dy, A, dt_bias, states, dt_sum, seqlen, dy_row, call.sizes, **call.options
@@ -445,7 +445,7 @@ def backward(
             scratch = A.new_empty(nhomes, CHECKPOINT_EVERY.value // call.step + call.step, dim, dstate)
             selective_scan_bwd_kernel[call.grid](
                 call.tokens, call.walk, grads, dy, dfinal_state, A, D, dt_bias, checkpoints, states, scratch,
-                seqlen, dy.stride(1), sizes, STEP=call.step, **call.options,
+                seqlen, row_stride(dy), sizes, STEP=call.step, **call.options,
             )  # fmt: skip
         dA, dD, ddt_bias = (None if t is None else sum_parts(t, A.dtype) for t in (grads.dA, grads.dD, grads.ddt_bias))
         dB, dC = (sum_parts(parts, weight.dtype) for parts, weight in ((grads.dB, B), (grads.dC, C)))

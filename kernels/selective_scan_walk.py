@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import interpreted, multiprocessors, warp_size
+from .launch import interpreted, multiprocessors, row_stride, warp_size
 from .math import softplus
 
 CHECKPOINT_EVERY = tl.constexpr(64)  # tokens
@@ -209,7 +209,7 @@ def launch_of(
     B_share, C_share = (dim if weight.ndim == 2 else dim // weight.shape[2] for weight in (B, C))
     run = max(1, math.gcd(B_share, C_share))
     plan = plan or plan_of(x, A, run, nseq, cu_seqlens is not None)
-    rows = [None if t is None or t.ndim == 2 else t.stride(1) for t in (x, dt, z, B, C)]
+    rows = [None if t is None or t.ndim == 2 else row_stride(t) for t in (x, dt, z, B, C)]
     every = CHECKPOINT_EVERY.value
     span = max(1, triton.cdiv(triton.cdiv(seqlen, plan.nsplits), every)) * every
     blocks_per_run = triton.cdiv(run, plan.block_d)

@@ -15,7 +15,7 @@ from .math import LOG2E, rounded, silu, softplus
 @triton.jit
 def selective_state_step_kernel(
     state_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, dt_bias_ptr, slots_ptr, y_ptr,
-    dim, dstate, per_group_B, per_group_C, x_stride, dt_stride, z_stride, B_stride, C_stride,
+    dim, dstate, nslots, per_group_B, per_group_C, x_stride, dt_stride, z_stride, B_stride, C_stride,
     SOFTPLUS: tl.constexpr, ACC: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_D channels of one row. state (slots, dim, dstate); x, dt, z, y (batch, dim); A (dim, dstate)."""
@@ -27,8 +27,8 @@ def selective_state_step_kernel(
     slot = b
     if slots_ptr is not None:
         slot = tl.load(slots_ptr + b).to(tl.int64)
-    used = slot >= 0
-    state_DN = (tl.maximum(slot, 0) * dim + d)[:, None] * dstate + n[None, :]
+    used = (slot >= 0) & (slot < nslots)
+    state_DN = (tl.minimum(tl.maximum(slot, 0), nslots - 1) * dim + d)[:, None] * dstate + n[None, :]
 
     x_D = tl.load(x_ptr + b * x_stride + d, mask=in_d, other=0.0).to(ACC)
     dt_D = tl.load(dt_ptr + b * dt_stride + d, mask=in_d, other=0.0).to(ACC)
@@ -69,7 +69,7 @@ def step(
     with on_device_of(x):
         selective_state_step_kernel[(batch, triton.cdiv(dim, block_d))](
             state, x, dt, A, B, C, D, z, dt_bias, state_indices, y,
-            dim, dstate, dim // B.shape[1], dim // C.shape[1], *strides,
+            dim, dstate, state.shape[0], dim // B.shape[1], dim // C.shape[1], *strides,
             SOFTPLUS=dt_softplus, ACC=tl.float64 if acc_dtype(x.dtype) == torch.float64 else tl.float32,
             BLOCK_D=block_d, BLOCK_N=block_n, num_warps=4,
         )  # fmt: skip

@@ -28,6 +28,8 @@ class ScanPath:
 
     def __init__(self, order: Tensor | Sequence[int], *, restarts: Tensor | Sequence[int] = ()) -> None:
         table = torch.as_tensor(order)
+        if table.shape == (0,):
+            table = table.long()  # an empty list has no dtype of its own
         if table.ndim != 1 or table.is_floating_point() or table.is_complex() or table.dtype == torch.bool:
             raise ValueError(
                 f"order must be one-dimensional and of integers, got shape {tuple(table.shape)} of {table.dtype}"
@@ -75,7 +77,8 @@ class ScanPath:
         if outside.numel():
             return f"it holds {int(outside[0])}"
         values, counts = table.unique(return_counts=True)
-        return f"token {int(values[counts > 1][0])} is visited {int(counts.max())} times"
+        repeated = int(counts.argmax())
+        return f"token {int(values[repeated])} is visited {int(counts[repeated])} times"
 
     def tokens(self) -> Tensor:
         """The tokens in the order of the walk, (length,) int64 on the CPU."""

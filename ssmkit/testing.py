@@ -11,6 +11,9 @@ from ssmkit.backends import Backend, refusal
 from ssmkit.ops._define import acc_dtype
 
 EPS32 = torch.finfo(torch.float32).eps
+# A slack for gradients of parameters. They are sums over all tokens, of terms of both signs: their error is that of the
+# terms, and the sum may be several times smaller than they are.
+CANCELLATION = 8.0
 
 
 def device_of(backend: str) -> torch.device:

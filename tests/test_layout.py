@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 LEVELS = [
     {"cli"},
     {"train", "doctor", "demo"},
-    {"data", "models"},
+    {"data"},
+    {"models"},
     {"nn"},
     {"ops", "testing"},
     {"native", "kernels", "backends", "paths"},

@@ -94,6 +94,14 @@ def test_without_a_compiler(tmp_path):
     assert "reinstall" in report
 
 
+@pytest.mark.skipif(os.environ.get("SSMKIT_NATIVE") == "0", reason="installed without the compiled library")
+def test_the_compiled_library_loads():
+    """Otherwise every test of the cpu backend would go missing in silence."""
+    import ssmkit.native
+
+    assert not ssmkit.native.why_not()
+
+
 def test_doctor_names_every_backend_of_every_op():
     import ssmkit.doctor
     import ssmkit.ops

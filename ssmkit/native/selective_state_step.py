@@ -21,10 +21,8 @@ def step(
     dt_softplus: bool,
     state_indices: Tensor | None,
 ) -> Tensor:
-    """y (batch, dim); `state` is updated in place. The op layer has checked everything but the range of the slots."""
+    """y (batch, dim); `state` is updated in place. The op layer has checked everything."""
     slots = None if state_indices is None else state_indices.long()
-    if slots is not None and slots.numel() and int(slots.max()) >= state.shape[0]:
-        raise ValueError(f"state_indices must be below the number of slots {state.shape[0]}, got {int(slots.max())}")
     y = torch.empty(x.shape, dtype=x.dtype)
     library().selective_state_step(
         (DTYPES[x.dtype], DTYPES[state.dtype], dt_softplus, torch.get_num_threads()),

@@ -84,6 +84,9 @@ class MambaStack(nn.Module):
     ) -> None:
         super().__init__()
         place: dict[str, Any] = {"device": mixer.get("device"), "dtype": mixer.get("dtype")}
+        if make_mixer is not None and mixer.keys() - place:
+            unused = ", ".join(sorted(mixer.keys() - place))
+            raise ValueError(f"make_mixer makes the mixers, so {unused} would go unused; hand it to make_mixer")
         self.residual_in_fp32 = residual_in_fp32
 
         def norm() -> RMSNorm | nn.LayerNorm:

@@ -61,6 +61,10 @@ class Mamba(nn.Module):
         for name, size in (("d_model", d_model), ("d_state", d_state), ("d_conv", d_conv), ("expand", expand)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
+        if dt_rank != "auto" and (not isinstance(dt_rank, int) or dt_rank < 1):
+            raise ValueError(f"dt_rank must be 'auto' or at least 1, got {dt_rank!r}")
+        if not 0 < dt_min <= dt_max:
+            raise ValueError(f"step sizes need 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
         if dt_init not in ("random", "constant"):
             raise ValueError(f"dt_init must be 'random' or 'constant', got {dt_init!r}")
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
@@ -105,8 +109,12 @@ class Mamba(nn.Module):
             state: (conv_state, ssm_state), continued and then updated in place.
         """
         if inference_params is not None:
+            if state is not None:
+                raise ValueError("state and inference_params both carry the state; give one of them")
             state = self._state_of(inference_params, hidden_states.shape[0])
             if inference_params.seqlen_offset > 0:
+                if not (mask is None and resets is None and cu_seqlens is None):
+                    raise ValueError("one token after another takes no mask, resets or cu_seqlens; pass state instead")
                 return self.step(hidden_states, *state)[0]
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         # A state that is overwritten below must not be the one that backward reads.

@@ -61,7 +61,7 @@ def check_flag(name: str, tensor: Tensor | None, batch: int, seqlen: int) -> Non
 def check_cu_seqlens(cu_seqlens: Tensor, batch: int, seqlen: int, name: str = "x") -> None:
     """Offsets of packed sequences: start at 0, never descend, end at seqlen; batch is 1.
 
-    Values are read once for each tensor (a tensor on a GPU is waited for then) and not at all while compiling.
+    Values are not read while compiling; those on a GPU, which have to be waited for, once for each tensor.
     """
     check_ndim("cu_seqlens", cu_seqlens, "nseq + 1")
     check_dtype("cu_seqlens", cu_seqlens, (torch.int32, torch.int64))
@@ -71,7 +71,11 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, seqlen: int, name: str = "x
         )
     if cu_seqlens.shape[0] < 1:
         raise ValueError("cu_seqlens must have at least one entry, got none")
-    if torch.compiler.is_compiling() or getattr(cu_seqlens, "_ssmkit_checked", None) == (cu_seqlens._version, seqlen):
+    if torch.compiler.is_compiling():
+        return
+    # What happened to a tensor of inference mode since, or to memory shared with NumPy, leaves no trace.
+    seen = None if cu_seqlens.device.type == "cpu" or cu_seqlens.is_inference() else (cu_seqlens._version, seqlen)
+    if seen is not None and getattr(cu_seqlens, "_ssmkit_checked", None) == seen:
         return
     offsets = cu_seqlens.tolist()
     if offsets[0] != 0 or offsets[-1] != seqlen:
@@ -79,4 +83,13 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, seqlen: int, name: str = "x
     for place, (start, end) in enumerate(pairwise(offsets)):
         if end < start:
             raise ValueError(f"cu_seqlens must not descend: entry {place + 1} is {end} after {start}")
-    cu_seqlens._ssmkit_checked = (cu_seqlens._version, seqlen)  # type: ignore[attr-defined]
+    if seen is not None:
+        cu_seqlens._ssmkit_checked = seen  # type: ignore[attr-defined]
+
+
+def check_slots(state_indices: Tensor | None, slots: int) -> None:
+    """Indices on the CPU lie below the number of slots. Those on a GPU are not waited for: kernels skip what is beyond."""
+    if state_indices is not None and state_indices.device.type == "cpu" and state_indices.numel():
+        most = int(state_indices.max())
+        if most >= slots:
+            raise ValueError(f"state_indices must be below the number of slots {slots}, got {most}")

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkit.backends import Backend, choose, load
-from ssmkit.ops._check import FLOATS, check_device, check_dtype, check_ndim, check_shape
+from ssmkit.ops._check import FLOATS, check_device, check_dtype, check_ndim, check_shape, check_slots
 from ssmkit.ops._define import define
 from ssmkit.ops.causal_conv1d import Activation, check_taps
 
@@ -62,6 +62,7 @@ def causal_conv1d_step(
     silu = activation == "silu"
     chosen = choose("causal_conv1d_step", BACKENDS, backend, x)
     if chosen == "reference":
+        check_indices(state, cache_seqlens, state_indices)
         with torch.no_grad():
             return causal_conv1d_step_ref(x, state, weight, bias, cache_seqlens, state_indices, silu)
     return causal_conv1d_step_op(x, state, weight, bias, cache_seqlens, state_indices, silu, chosen)
@@ -98,6 +99,15 @@ def _check(
             check_shape(name, tensor, (batch,), "batch")
             check_dtype(name, tensor, (torch.int32, torch.int64))
     check_device(x, state=state, weight=weight, bias=bias, cache_seqlens=cache_seqlens, state_indices=state_indices)
+
+
+def check_indices(state: Tensor, cache_seqlens: Tensor | None, state_indices: Tensor | None) -> None:
+    """The values that can be seen without waiting for a GPU; there the kernels skip slots that are not there."""
+    check_slots(state_indices, state.shape[0])
+    if cache_seqlens is not None and cache_seqlens.device.type == "cpu" and cache_seqlens.numel():
+        least = int(cache_seqlens.min())
+        if least < 0:
+            raise ValueError(f"cache_seqlens must not be negative, got {least}")
 
 
 def causal_conv1d_step_ref(
@@ -137,6 +147,7 @@ def _step(
     x: Tensor, state: Tensor, weight: Tensor, bias: Tensor | None, cache_seqlens: Tensor | None,
     state_indices: Tensor | None, silu: bool, backend: str,
 ) -> Tensor:  # fmt: skip
+    check_indices(state, cache_seqlens, state_indices)
     x = x if x.stride(-1) == 1 else x.contiguous()
     dense = (None if t is None else t.contiguous() for t in (weight, bias, cache_seqlens, state_indices))
     return load(BACKENDS, backend).step(x, state, *dense, silu)

@@ -19,9 +19,17 @@ from ssmkit.backends import Backend, choose, load
 from ssmkit.ops._check import FLOATS, check_device, check_dtype, check_shape
 from ssmkit.ops._define import absent, acc_dtype, define, gradients, present
 
+MAX_GROUPS = 65535  # programs along the second axis of a grid
+
+
+def many_groups(*, ngroups: int, **_: object) -> str | None:
+    """Why the Triton kernel cannot take so many groups."""
+    return f"more than {MAX_GROUPS} groups, got {ngroups}" if ngroups > MAX_GROUPS else None
+
+
 BACKENDS = (
     Backend("cuda", device="cuda", module="ssmkit.native.rms_norm_cuda"),
-    Backend("triton", device="cuda", module="ssmkit.kernels.rms_norm"),
+    Backend("triton", device="cuda", module="ssmkit.kernels.rms_norm", rejects=many_groups),
     Backend("cpu", device="cpu", module="ssmkit.native.rms_norm"),
 )
 
@@ -76,7 +84,7 @@ def rms_norm(
     weight, bias = weight.to(acc), None if bias is None else bias.to(acc)
     size = max(1, x.shape[-1]) if group_size is None else group_size
     total_dtype = acc if residual_in_fp32 or residual is None else residual.dtype
-    chosen = choose("rms_norm", BACKENDS, backend, x, group_size=size)
+    chosen = choose("rms_norm", BACKENDS, backend, x, ngroups=x.shape[-1] // size)
     if chosen == "reference":
         y, total = rms_norm_ref(x, weight, bias, residual, z, eps, size, norm_before_gate, total_dtype)
     else:

@@ -208,7 +208,8 @@ def _check_weights(name: str, weight: Tensor, x: Tensor, A: Tensor) -> None:
     check_shape(name, weight, (batch, seqlen, *middle, A.shape[1]), "batch, seqlen, [ngroups,] dstate")
     if ngroups < 1 or dim % ngroups:
         raise ValueError(f"{name} has {ngroups} groups, which must divide dim {dim}")
-    per_token = (x.dtype, *COMPLEXES) if A.is_complex() else (x.dtype,)
+    wide = acc_dtype(x.dtype) == torch.float64
+    per_token = (x.dtype, *(COMPLEXES if wide else COMPLEXES[:1])) if A.is_complex() else (x.dtype,)
     check_dtype(name, weight, per_token, "like x" + (", or complex like A" if A.is_complex() else ""))
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkit.backends import Backend, choose, load
-from ssmkit.ops._check import FLOATS, check_device, check_dtype, check_ndim, check_shape
+from ssmkit.ops._check import FLOATS, check_device, check_dtype, check_ndim, check_shape, check_slots
 from ssmkit.ops._define import acc_dtype, define
 from ssmkit.ops.selective_scan import SOFTPLUS_THRESHOLD
 
@@ -73,6 +73,7 @@ def selective_state_step(
     B, C = (weight.unsqueeze(1) if weight.ndim == 2 else weight for weight in (B, C))
     chosen = choose("selective_state_step", BACKENDS, backend, x)
     if chosen == "reference":
+        check_slots(state_indices, state.shape[0])
         with torch.no_grad():
             return selective_state_step_ref(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_indices)
     return selective_state_step_op(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, state_indices, chosen)
@@ -164,6 +165,7 @@ def _step(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     dt_bias: Tensor | None, dt_softplus: bool, state_indices: Tensor | None, backend: str,
 ) -> Tensor:  # fmt: skip
+    check_slots(state_indices, state.shape[0])
     rows = [t if t is None or t.stride(-1) == 1 else t.contiguous() for t in (x, dt, z)]
     weights = [t if t.stride()[1:] == (t.shape[2], 1) else t.contiguous() for t in (B, C)]
     dense = [None if t is None else t.contiguous() for t in (A, D, dt_bias, state_indices)]

@@ -121,12 +121,11 @@ def moving_picture(model: TrajectoryModel, scaling: Scaling) -> list[NDArray[np.
     """One episode per target from the same start, side by side."""
     env = Filmed(TASK)
     roll_out(ModelAgent(model, scaling), env, [7] * len(TARGETS), TARGETS)
-    # Every second step is enough to see it move.
     return [
         np.concatenate(
             [caption(picture, f"target {target:.0f}") for picture, target in zip(row, TARGETS, strict=True)], 1
         )
-        for row in env.pictures[::2]
+        for row in env.pictures
     ]
 
 

@@ -87,10 +87,8 @@ def plot_return_against_target(
     figure, axes = pyplot().subplots(figsize=(6, 4.5))
     axes.plot(asked, asked, color="grey", linestyle=":", label="asked = reached")
     axes.errorbar(asked, mean, yerr=spread, marker="o", capsize=3, label="Decision Mamba, mean and std over seeds")
-    for (label, level), colour in zip(
-        levels.items(), ("tab:red", "tab:green", "tab:orange", "tab:purple"), strict=False
-    ):
-        axes.axhline(level, color=colour, linestyle="--", linewidth=1, label=label)
+    for number, (label, level) in enumerate(levels.items(), start=1):
+        axes.axhline(level, color=f"C{number}", linestyle="--", linewidth=1, label=label)
     axes.set(xlabel="target return", ylabel="return reached", title=title)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)

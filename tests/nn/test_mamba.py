@@ -269,6 +269,9 @@ def test_stack_keeps_the_residual_in_fp32(backend):
 BAD = {
     "d_model": ({"d_model": 0}, "d_model must be at least 1, got 0"),
     "d_state": ({"d_state": 0}, "d_state must be at least 1"),
+    "dt_rank": ({"dt_rank": 0}, "dt_rank must be 'auto' or at least 1, got 0"),
+    "dt_rank by name": ({"dt_rank": "Auto"}, "dt_rank must be 'auto' or at least 1, got 'Auto'"),
+    "dt_min": ({"dt_min": 0.0}, "step sizes need 0 < dt_min <= dt_max, got 0.0 and 0.1"),
     "dt_init": ({"dt_init": "zeros"}, "dt_init must be 'random' or 'constant', got 'zeros'"),
 }
 
@@ -285,5 +288,13 @@ def test_bad_calls():
         mixer.step(hidden, *mixer.allocate_inference_cache(2))
     with pytest.raises(ValueError, match="layer_idx must be given"):
         mixer(hidden, inference_params=SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0))
+    decoding = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=1)
+    mixer.layer_idx = 0
+    with pytest.raises(ValueError, match="takes no mask, resets or cu_seqlens"):
+        mixer(hidden[:, :1], decoding, resets=torch.ones(2, 1, dtype=torch.bool))
+    with pytest.raises(ValueError, match="give one of them"):
+        mixer(hidden[:, :1], decoding, state=mixer.allocate_inference_cache(2))
+    with pytest.raises(ValueError, match="make_mixer makes the mixers, so d_state would go unused"):
+        MambaStack(12, 1, make_mixer=lambda index: mixer, d_state=8)
     with pytest.raises(ValueError, match="initial_state must have shape"):
         mixer(hidden, state=mixer.allocate_inference_cache(3))

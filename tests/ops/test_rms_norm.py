@@ -1,5 +1,7 @@
 """rms_norm: every backend against the float64 reference and the official numbers, in every combination of its options."""
 
+import importlib
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from golden_cases import load, names
 
 from ssmkit.ops import rms_norm
 from ssmkit.ops.rms_norm import BACKENDS, rms_norm_bwd, rms_norm_fwd
-from ssmkit.testing import assert_close, available, device_of, rms_norm_inputs, run, to_double
+from ssmkit.testing import CANCELLATION, assert_close, available, device_of, rms_norm_inputs, run, to_double
 
 SHAPES = {  # leading axes, dim, group_size
     "smallest": ((1,), 1, None),
@@ -20,8 +22,6 @@ SHAPES = {  # leading axes, dim, group_size
     "groups of one": ((5,), 6, 1),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-# Gradients of the parameters are sums over all rows of terms of both signs: their error is that of the terms.
-CANCELLATION = 8.0
 backends = pytest.mark.parametrize("backend", available("rms_norm"))
 every_backend = pytest.mark.parametrize("backend", available("rms_norm", reference=True))
 
@@ -52,6 +52,17 @@ def slack(name):
 def test_outputs_and_gradients(leading, dim, group, dtype, backend):
     inputs = rms_norm_inputs(*leading, dim, dtype=dtype, device=device_of(backend))
     compare(inputs, backend, group_size=group)
+
+
+@pytest.mark.skipif("triton" not in available("rms_norm"), reason="Triton cannot run here")
+@pytest.mark.parametrize("group", [33, 4101], ids=["narrow", "wide"])
+def test_triton_programs_of_several_tiles(group, monkeypatch):
+    """Small tiles and few programs: each adds up the parameters' gradients over three tiles, the last one partial."""
+    kernels = importlib.import_module("ssmkit.kernels.rms_norm")
+    tiles = kernels.configuration
+    monkeypatch.setattr(kernels, "configuration", lambda *key: {**tiles(*key), "ROWS": 2})
+    monkeypatch.setattr(kernels, "multiprocessors", lambda device: 1)
+    compare(rms_norm_inputs(19, group, device=device_of("triton")), "triton")
 
 
 OPTIONS = {

@@ -2,6 +2,7 @@
 
 from itertools import pairwise
 
+import numpy as np
 import pytest
 import torch
 from golden_cases import load, names
@@ -11,7 +12,16 @@ from hypothesis import strategies as st
 from ssmkit import ScanPath
 from ssmkit.ops import selective_scan
 from ssmkit.ops.selective_scan import BACKENDS, selective_scan_bwd, selective_scan_fwd
-from ssmkit.testing import EPS32, assert_close, available, device_of, run, selective_scan_inputs, to_double
+from ssmkit.testing import (
+    CANCELLATION,
+    EPS32,
+    assert_close,
+    available,
+    device_of,
+    run,
+    selective_scan_inputs,
+    to_double,
+)
 
 SHAPES = {  # batch, seqlen, dim, dstate
     "smallest": (1, 1, 1, 1),
@@ -23,9 +33,6 @@ SHAPES = {  # batch, seqlen, dim, dstate
     "one state, one channel": (2, 70, 1, 1),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-# Parameter gradients are sums over all tokens, of terms of both signs: their error is that of the terms, and the sum may be
-# several times smaller than they are.
-CANCELLATION = 8.0
 GOLDEN_NAMES = {"u": "x", "delta": "dt", "delta_bias": "dt_bias"}
 backends = pytest.mark.parametrize("backend", available("selective_scan"))
 every_backend = pytest.mark.parametrize("backend", available("selective_scan", reference=True))
@@ -406,6 +413,33 @@ def test_gradcheck(options, reverse, backend):
     assert torch.autograd.gradcheck(call, leaves)
 
 
+GRADCHECK_WALKS = {
+    "pads": {"mask": torch.tensor([[True, False, True, True, False]])},
+    "a path": {"path": ScanPath([3, 0, 4, 1, 2], restarts=[1])},
+    "packed": {"cu_seqlens": torch.tensor([0, 2, 2, 5])},
+    "without softplus": {"dt_softplus": False},
+}
+
+
+@pytest.mark.parametrize("backend", [b for b in available("selective_scan", reference=True) if b != "triton"])
+@pytest.mark.parametrize("options", GRADCHECK_WALKS.values(), ids=GRADCHECK_WALKS)
+def test_gradcheck_of_walks(options, backend):
+    device = device_of(backend)
+    nseq = len(options["cu_seqlens"]) - 1 if "cu_seqlens" in options else 1
+    inputs = selective_scan_inputs(1, 5, 4, 2, nseq=nseq, dtype=torch.float64, device=device)
+    if not options.get("dt_softplus", True):
+        for name in ("dt", "dt_bias"):  # a negative step would let the state grow
+            inputs[name] = inputs[name].detach().abs().requires_grad_()
+    names, leaves = zip(*((k, v) for k, v in inputs.items() if isinstance(v, torch.Tensor)), strict=True)
+    walk = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+
+    def call(*values):
+        named = dict(zip(names, values, strict=True))
+        return tuple(selective_scan(**named, **{"dt_softplus": True, **walk}, return_final_state=True, backend=backend))
+
+    assert torch.autograd.gradcheck(call, leaves)
+
+
 # Registration
 
 
@@ -477,6 +511,21 @@ def test_views_of_wider_projections(backend):
 
 
 @every_backend
+def test_one_token_in_any_layout(backend):
+    """Of an axis with one element the stride means nothing, and torch leaves what it likes there."""
+    plain = selective_scan_inputs(3, 1, 4, 3, device=device_of(backend))
+    turned = dict(plain)
+    for name in ("x", "dt", "z", "B", "C"):
+        first, *rest = plain[name].stride()
+        turned[name] = plain[name].detach().as_strided(plain[name].shape, (first, 1, *rest[1:])).requires_grad_()
+    assert turned["x"].stride() == (4, 1, 1)
+    expected = run(selective_scan, plain, cotangents(plain), return_final_state=True, backend=backend)
+    actual = run(selective_scan, turned, cotangents(plain), return_final_state=True, backend=backend)
+    for name in expected:
+        assert torch.equal(actual[name], expected[name]), name
+
+
+@every_backend
 @pytest.mark.parametrize(
     "shape", [(0, 5, 4, 3), (2, 0, 4, 3), (2, 5, 0, 3)], ids=["no batch", "no tokens", "no channels"]
 )
@@ -520,6 +569,10 @@ BAD = {
     "dt of another dtype": ({"dt": torch.zeros(2, 6, 4).half()}, "dt must be of dtype float32 like x, got float16"),
     "A of the wrong width": ({"A": torch.zeros(5, 3)}, r"A must have shape \(4, 3\)"),
     "A wider than the state": ({"A": torch.zeros(4, 3).double()}, "A must be of dtype .* got float64"),
+    "B wider than the state": (
+        {"A": torch.zeros(4, 3).cfloat(), "B": torch.zeros(2, 6, 3).cdouble()},
+        "B must be of dtype float32, complex64 like x, or complex like A, got complex128",
+    ),
     "B without a length": ({"B": torch.zeros(2, 3, 3)}, r"B must have shape \(2, 6, 3\)"),
     "groups that do not divide": ({"C": torch.zeros(2, 6, 3, 3)}, "C has 3 groups, which must divide dim 4"),
     "B of five axes": ({"B": torch.zeros(1, 2, 6, 1, 3)}, r"B must have shape .* got \(1, 2, 6, 1, 3\)"),
@@ -553,6 +606,19 @@ def test_bad_offsets(offsets, message):
     inputs = selective_scan_inputs(1, 6, 4, 3, optional=(), requires_grad=False)
     with pytest.raises(ValueError, match=message):
         selective_scan(**inputs, cu_seqlens=torch.tensor(offsets, dtype=torch.int64))
+
+
+def test_offsets_are_looked_at_again():
+    """They may have changed unseen: memory shared with NumPy keeps no count of versions, nor does inference mode."""
+    inputs = selective_scan_inputs(1, 6, 4, 3, optional=(), requires_grad=False)
+    buffer = np.array([0, 2, 6])
+    offsets = torch.from_numpy(buffer)
+    expected = selective_scan(**inputs, cu_seqlens=offsets)
+    buffer[1] = 9
+    with pytest.raises(ValueError, match="cu_seqlens must not descend: entry 2 is 6 after 9"):
+        selective_scan(**inputs, cu_seqlens=offsets)
+    with torch.inference_mode():
+        assert torch.equal(selective_scan(**inputs, cu_seqlens=torch.tensor([0, 2, 6])), expected)
 
 
 def test_offsets_of_a_batch_or_with_a_path_are_refused():
