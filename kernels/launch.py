@@ -3,6 +3,7 @@
 import contextlib
 from functools import cache
 
+import numpy as np
 import torch
 import triton
 import triton.language as tl
@@ -50,6 +51,12 @@ def acc_dtype(dtype: torch.dtype) -> torch.dtype:
 def row_stride(x: Tensor) -> int:
     """Elements from one token of flat rows to the next; where rows have one token, from one row to the next."""
     return x.stride(1 if x.shape[1] > 1 else 0)
+
+
+def in_two_parts(value: float) -> tuple[float, float]:
+    """A number as fp32, and what that leaves out: Triton hands floats to kernels in fp32."""
+    high = float(np.float32(value))
+    return high, value - high
 
 
 def register_limit(registers: int) -> dict[str, int]:

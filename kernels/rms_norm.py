@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import acc_dtype, interpreted, multiprocessors, on_device_of, register_limit, sum_parts
+from .launch import acc_dtype, in_two_parts, interpreted, multiprocessors, on_device_of, register_limit, sum_parts
 from .math import rounded, silu, silu_grad
 
 NARROW = 4096
@@ -60,7 +60,7 @@ def put_normalised(
 @triton.jit
 def rms_norm_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, z_ptr, y_ptr, total_ptr, rstd_ptr,
-    nrows, dim, group, ngroups, x_stride, residual_stride, z_stride, eps,
+    nrows, dim, group, ngroups, x_stride, residual_stride, z_stride, eps, eps_rest,
     GATE_AFTER: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """x, residual, z (nrows, dim) with row strides; y, total (nrows, dim); rstd (nrows, ngroups)."""
@@ -76,7 +76,7 @@ def rms_norm_fwd_kernel(
             v *= gate
 
     every = first + tl.arange(0, ROWS)
-    rstd = 1.0 / tl.sqrt(tl.where(every < nrows, tl.sum(v * v, axis=1) / group + eps, 1.0))
+    rstd = 1.0 / tl.sqrt(tl.where(every < nrows, tl.sum(v * v, axis=1) / group + tl.cast(eps, ACC) + eps_rest, 1.0))
     tl.store(rstd_ptr + every * ngroups + tl.program_id(1), rstd, mask=every < nrows)
     GATED: tl.constexpr = z_ptr is not None and GATE_AFTER
     put_normalised(y_ptr, v, rstd[:, None], gate, weight_ptr, bias_ptr, row, c, dim, inside, GATED, ACC)
@@ -85,7 +85,7 @@ def rms_norm_fwd_kernel(
 @triton.jit
 def rms_norm_wide_fwd_kernel(
     x_ptr, weight_ptr, bias_ptr, residual_ptr, z_ptr, y_ptr, total_ptr, rstd_ptr,
-    nrows, dim, group, ngroups, x_stride, residual_stride, z_stride, eps,
+    nrows, dim, group, ngroups, x_stride, residual_stride, z_stride, eps, eps_rest,
     GATE_AFTER: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """rms_norm_fwd_kernel for groups of any size."""
@@ -101,7 +101,7 @@ def rms_norm_wide_fwd_kernel(
         squares += tl.sum(v * v, axis=1)
 
     every = first + tl.arange(0, ROWS)
-    rstd = 1.0 / tl.sqrt(tl.where(every < nrows, squares / group + eps, 1.0))
+    rstd = 1.0 / tl.sqrt(tl.where(every < nrows, squares / group + tl.cast(eps, ACC) + eps_rest, 1.0))
     tl.store(rstd_ptr + every * ngroups + tl.program_id(1), rstd, mask=every < nrows)
 
     GATED: tl.constexpr = z_ptr is not None and GATE_AFTER
@@ -269,7 +269,7 @@ def forward(
             kernel = rms_norm_fwd_kernel if group_size <= NARROW else rms_norm_wide_fwd_kernel
             kernel[(triton.cdiv(nrows, tiles["ROWS"]), ngroups)](
                 x, weight, bias, residual, z, y, total, rstd,
-                nrows, dim, group_size, ngroups, stride(x), stride(residual), stride(z), eps,
+                nrows, dim, group_size, ngroups, stride(x), stride(residual), stride(z), *in_two_parts(eps),
                 GATE_AFTER=norm_before_gate, ACC=element(acc), **tiles,
             )  # fmt: skip
     return y, total, rstd
