@@ -8,6 +8,6 @@ is timed before it has matched the float64 reference, every candidate runs in a 
 comes from windows that alternate (A B A B).
 """
 
-from .registry import Absent, Bench, Prepared, Rival, register, sizes_of
+from .registry import Absent, Bench, Prepared, Rival, compiled_anew, register, sizes_of
 
-__all__ = ["Absent", "Bench", "Prepared", "Rival", "register", "sizes_of"]
+__all__ = ["Absent", "Bench", "Prepared", "Rival", "compiled_anew", "register", "sizes_of"]

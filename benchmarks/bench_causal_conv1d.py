@@ -11,7 +11,7 @@ from torch import Tensor
 from ssmkit.ops import causal_conv1d
 from ssmkit.testing import causal_conv1d_inputs
 
-from . import Absent, Bench, Prepared, Rival, ggml, register
+from . import Absent, Bench, Prepared, Rival, compiled_anew, ggml, register
 
 
 def torch_conv1d(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
@@ -45,8 +45,7 @@ def shifts(x: Tensor, weight: Tensor, bias: Tensor, activation: str) -> Tensor:
 
 def compiled_shifts(inputs: dict[str, Any]) -> Prepared:
     """`shifts` through torch.compile, each shape and mode compiled anew."""
-    torch._dynamo.reset()
-    call = torch.compile(shifts, dynamic=False)
+    call = compiled_anew(shifts)
     return Prepared(lambda: call(**inputs))
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ssmkit.ops import linear_scan
 from ssmkit.testing import linear_scan_inputs
 
-from . import Absent, Bench, Prepared, Rival, register
+from . import Absent, Bench, Prepared, Rival, compiled_anew, register
 
 Scan = Callable[[Tensor, Tensor], Tensor]
 
@@ -38,8 +38,7 @@ def compiled(scan: Scan, **options: Any) -> Rival:
     """Through torch.compile, each shape and mode compiled anew."""
 
     def prepare(inputs: dict[str, Any]) -> Prepared:
-        torch._dynamo.reset()
-        call = torch.compile(scan, dynamic=False)
+        call = compiled_anew(scan)
         return Prepared(lambda: call(**inputs))
 
     return Rival(prepare=prepare, **options)

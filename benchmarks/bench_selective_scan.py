@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from ssmkit.ops.selective_scan import ScanOutput, selective_scan
 from ssmkit.testing import selective_scan_inputs
 
-from . import Absent, Bench, Prepared, Rival, ggml, register
+from . import Absent, Bench, Prepared, Rival, compiled_anew, ggml, register
 
 VLLM_SCAN = "vllm.model_executor.layers.mamba.ops.selective_scan_triton"
 CHUNK = 256  # tokens of the reference between two checkpoints
@@ -141,8 +141,7 @@ def compiled(load: Import, **options: Any) -> Rival:
     """Through torch.compile, each shape and mode compiled anew."""
 
     def prepare(inputs: dict[str, Any]) -> Prepared:
-        torch._dynamo.reset()
-        call = torch.compile(load(), dynamic=False)
+        call = compiled_anew(load())
         return Prepared(lambda: call(Scan(**inputs)))
 
     return Rival(prepare=prepare, **options)

@@ -188,6 +188,13 @@ BENCHES: dict[str, Bench] = {}
 MODULES: dict[str, str] = {}
 
 
+def compiled_anew(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` through torch.compile, for this shape and mode alone."""
+    torch._dynamo.reset()
+    compiled: Callable[..., Any] = torch.compile(function, dynamic=False)
+    return compiled
+
+
 def register(bench: Bench) -> Bench:
     """Make a benchmark known under its name. Called once per `bench_<name>.py`, at import."""
     if bench.name in BENCHES:

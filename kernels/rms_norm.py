@@ -248,8 +248,7 @@ def configuration(group: int, acc: torch.dtype) -> dict[str, object]:
     if interpreted():
         rows = max(rows, min(256, (1 << 16) // block))
     # 8 numbers of each operand per thread; twice the warps for float64, whose numbers take two registers
-    warps = max(1, rows * block // 256) * (2 if acc == torch.float64 else 1)
-    warps = min(16, warps)
+    warps = min(16, max(1, rows * block // 256) * (2 if acc == torch.float64 else 1))
     return {"ROWS": rows, "BLOCK": block, "num_warps": warps, **register_limit(min(255, 2048 // warps))}
 
 

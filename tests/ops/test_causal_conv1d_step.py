@@ -1,5 +1,7 @@
 """causal_conv1d_step: each backend against the float64 reference, the convolution it continues, the official numbers."""
 
+import importlib
+
 import pytest
 import torch
 from golden_cases import load, names
@@ -146,15 +148,35 @@ def test_slots(index_dtype, backend):
     assert torch.equal(pool[untouched], before[untouched])
 
 
-@every_backend
+# On a GPU nothing waits for the values.
+@pytest.mark.parametrize(
+    "backend", [b for b in available("causal_conv1d_step", reference=True) if device_of(b).type == "cpu"]
+)
 def test_values_that_lead_outside_are_refused(backend):
-    if device_of(backend).type != "cpu":
-        pytest.skip("a GPU is not waited for: its kernels skip what is outside")
     inputs = causal_conv1d_step_inputs(2, 6, 4)
     with pytest.raises(ValueError, match="state_indices must be below the number of slots 2, got 2"):
         causal_conv1d_step(**inputs, state_indices=torch.tensor([0, 2]), backend=backend)
     with pytest.raises(ValueError, match="cache_seqlens must not be negative, got -1"):
         causal_conv1d_step(**inputs, cache_seqlens=torch.tensor([0, -1]), backend=backend)
+
+
+@pytest.mark.skipif("triton" not in available("causal_conv1d_step"), reason="Triton cannot run here")
+def test_triton_stays_within_the_state():
+    """Behind the op's checks, which see no values on a GPU: nothing is written outside the slots and their rings."""
+    device = device_of("triton")
+    inputs = causal_conv1d_step_inputs(2, 6, 4, device=device)
+    arguments = (inputs["weight"], inputs["bias"])
+    step = importlib.import_module("ssmkit.kernels.causal_conv1d_step").step
+    for counts, slots in (([0, 0], [0, 2]), ([-1, 0], [0, 1])):
+        pool = torch.cat(
+            [torch.full_like(inputs["state"], 7.0), inputs["state"], torch.full_like(inputs["state"], 7.0)]
+        )
+        y = step(inputs["x"], pool[2:4], *arguments, *(torch.tensor(v, device=device) for v in (counts, slots)), True)
+        assert (pool[:2] == 7.0).all()
+        assert (pool[4:] == 7.0).all()
+        if slots[1] == 2:
+            assert (y[1] == 0).all()
+            assert torch.equal(pool[3], inputs["state"][1])
 
 
 @every_backend

@@ -5,8 +5,9 @@ from itertools import pairwise
 import pytest
 import torch
 from golden_cases import load, names
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from laws import BAD_OFFSETS, law, same
 
 from ssmkit.ops import linear_scan
 from ssmkit.ops.linear_scan import BACKENDS, linear_scan_bwd, linear_scan_fwd
@@ -127,13 +128,6 @@ def scan(inputs, backend, **options):
 def per_token(inputs, change):
     """The inputs with `change` applied to those that have a token axis."""
     return {k: change(v) if v.ndim == 3 else v for k, v in inputs.items()}
-
-
-def same(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
-
-
-law = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @every_backend
@@ -320,7 +314,6 @@ SPLIT = {  # dtype, constant a, packed
 @directions
 @pytest.mark.parametrize(("dtype", "constant_a", "packed"), SPLIT.values(), ids=SPLIT)
 def test_cpu_threads_share_the_length_of_few_channels(dtype, constant_a, packed, reverse):
-    threads = torch.get_num_threads()
     lengths = [700, 0, 3, 897] if packed else [1600]
     resets = torch.arange(1600).remainder(611).eq(300)[None]
     mask = torch.arange(1600).remainder(13).ne(5)[None]
@@ -328,10 +321,7 @@ def test_cpu_threads_share_the_length_of_few_channels(dtype, constant_a, packed,
     if packed:
         options["cu_seqlens"] = torch.tensor([0, *lengths]).cumsum(0)
     torch.set_num_threads(16)
-    try:
-        compare(linear_scan_inputs(1, 1600, 5, nseq=len(lengths), dtype=dtype, constant_a=constant_a), "cpu", **options)
-    finally:
-        torch.set_num_threads(threads)
+    compare(linear_scan_inputs(1, 1600, 5, nseq=len(lengths), dtype=dtype, constant_a=constant_a), "cpu", **options)
 
 
 @pytest.mark.skipif("triton" not in available("linear_scan"), reason="Triton cannot run here")
@@ -529,14 +519,6 @@ BAD = {
 def test_bad_input(change, message):
     with pytest.raises(ValueError, match=message):
         linear_scan(**(good() | change))
-
-
-BAD_OFFSETS = {
-    "descending": ([0, 4, 2, 6], "cu_seqlens must not descend: entry 2 is 2 after 4"),
-    "not from zero": ([1, 6], "cu_seqlens must run from 0 to seqlen 6, got 1 to 6"),
-    "not to the end": ([0, 5], "cu_seqlens must run from 0 to seqlen 6, got 0 to 5"),
-    "none": ([], "at least one entry"),
-}
 
 
 @pytest.mark.parametrize(("offsets", "message"), BAD_OFFSETS.values(), ids=BAD_OFFSETS)

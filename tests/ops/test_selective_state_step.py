@@ -1,5 +1,7 @@
 """selective_state_step: each backend against the float64 reference, the scan it is a token of, the official numbers."""
 
+import importlib
+
 import pytest
 import torch
 from golden_cases import load, names
@@ -117,13 +119,31 @@ def test_slots(index_dtype, backend):
     assert torch.equal(pool[untouched], before[untouched])
 
 
-@every_backend
+# On a GPU nothing waits for the values.
+@pytest.mark.parametrize(
+    "backend", [b for b in available("selective_state_step", reference=True) if device_of(b).type == "cpu"]
+)
 def test_a_slot_that_does_not_exist_is_refused(backend):
-    if device_of(backend).type != "cpu":
-        pytest.skip("a GPU is not waited for: its kernels skip what is outside")
     inputs = selective_state_step_inputs(2, 6, 4)
     with pytest.raises(ValueError, match="state_indices must be below the number of slots 2, got 2"):
         selective_state_step(**inputs, state_indices=torch.tensor([0, 2]), backend=backend)
+
+
+@pytest.mark.skipif("triton" not in available("selective_state_step"), reason="Triton cannot run here")
+def test_triton_skips_a_slot_that_does_not_exist():
+    """Behind the op's check, which sees no values on a GPU: nothing is written outside the state."""
+    device = device_of("triton")
+    inputs = selective_state_step_inputs(2, 6, 4, device=device)
+    expected = selective_state_step(**inputs | {"state": inputs["state"].clone()}, backend="triton")
+    pool = torch.cat([inputs["state"], torch.full_like(inputs["state"], 7.0)])
+    arguments = [inputs[name] for name in ("x", "dt", "A")] + [inputs[name].unsqueeze(1) for name in ("B", "C")]
+    arguments += [inputs[name] for name in ("D", "z", "dt_bias")] + [inputs["dt_softplus"]]
+    step = importlib.import_module("ssmkit.kernels.selective_state_step").step
+    y = step(pool[:2], *arguments, torch.tensor([0, 2], device=device))
+    assert torch.equal(y[0], expected[0])
+    assert (y[1] == 0).all()
+    assert torch.equal(pool[1], inputs["state"][1])
+    assert (pool[2:] == 7.0).all()
 
 
 @every_backend
