@@ -1,6 +1,7 @@
 """What every launcher needs: the right device, sizes of blocks and grids, and sums over blocks in a fixed order."""
 
 import contextlib
+import math
 from functools import cache
 
 import numpy as np
@@ -54,9 +55,9 @@ def row_stride(x: Tensor) -> int:
 
 
 def in_two_parts(value: float) -> tuple[float, float]:
-    """A number as fp32, and what that leaves out: Triton hands floats to kernels in fp32."""
+    """A number as fp32, and what that leaves out: Triton hands floats to kernels in fp32. Infinity leaves out nothing."""
     high = float(np.float32(value))
-    return high, value - high
+    return high, value - high if math.isfinite(high) else 0.0
 
 
 def register_limit(registers: int) -> dict[str, int]:

@@ -145,6 +145,48 @@ def selective_scan_inputs(
     return {**{k: v.requires_grad_(requires_grad) for k, v in kept.items()}, "dt_softplus": True}
 
 
+def ssd_inputs(
+    batch: int,
+    seqlen: int,
+    nheads: int,
+    headdim: int,
+    dstate: int,
+    *,
+    ngroups: int = 1,
+    nseq: int | None = None,
+    walks: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    optional: tuple[str, ...] = ("D", "z", "dt_bias", "initial_state"),
+    requires_grad: bool = True,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Keyword inputs of `ssd` with decays like those of a trained layer, drawn on the CPU from `seed`.
+
+    `walks` is 2 for an initial state of a bidirectional call.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def normal(*shape: int, kind: torch.dtype = dtype) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=acc).to(kind)
+
+    state = (batch if nseq is None else nseq, nheads, headdim, dstate)
+    inputs = {
+        "x": normal(batch, seqlen, nheads, headdim),
+        "dt": (normal(batch, seqlen, nheads).float() - 1).to(dtype),
+        "A": -torch.rand(nheads, generator=generator, dtype=acc) * 4 - 0.1,
+        "B": normal(batch, seqlen, ngroups, dstate),
+        "C": normal(batch, seqlen, ngroups, dstate),
+        "D": normal(nheads, kind=acc),
+        "z": normal(batch, seqlen, nheads, headdim),
+        "dt_bias": normal(nheads, kind=acc) - 2,
+        "initial_state": normal(*((walks,) if walks > 1 else ()), *state, kind=acc),
+    }
+    kept = {k: v.to(device) for k, v in inputs.items() if k in ("x", "dt", "A", "B", "C") or k in optional}
+    return {**{k: v.requires_grad_(requires_grad) for k, v in kept.items()}, "dt_softplus": True}
+
+
 def rms_norm_inputs(
     *shape: int,
     dtype: torch.dtype = torch.float32,

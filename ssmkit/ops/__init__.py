@@ -6,5 +6,14 @@ from ssmkit.ops.linear_scan import linear_scan
 from ssmkit.ops.rms_norm import rms_norm
 from ssmkit.ops.selective_scan import selective_scan
 from ssmkit.ops.selective_state_step import selective_state_step
+from ssmkit.ops.ssd import ssd
 
-__all__ = ["causal_conv1d", "causal_conv1d_step", "linear_scan", "rms_norm", "selective_scan", "selective_state_step"]
+__all__ = [
+    "causal_conv1d",
+    "causal_conv1d_step",
+    "linear_scan",
+    "rms_norm",
+    "selective_scan",
+    "selective_state_step",
+    "ssd",
+]
