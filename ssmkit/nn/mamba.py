@@ -111,7 +111,7 @@ class Mamba(nn.Module):
         if inference_params is not None:
             if state is not None:
                 raise ValueError("state and inference_params both carry the state; give one of them")
-            state = self._state_of(inference_params, hidden_states.shape[0])
+            state = cached_state(self, inference_params, hidden_states.shape[0])
             if inference_params.seqlen_offset > 0:
                 if not (mask is None and resets is None and cu_seqlens is None):
                     raise ValueError("one token after another takes no mask, resets or cu_seqlens; pass state instead")
@@ -193,17 +193,6 @@ class Mamba(nn.Module):
         wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
         return conv_state, weight.new_zeros(batch_size, self.d_inner, self.d_state, dtype=wide)
 
-    def _state_of(self, inference_params: Any, batch: int) -> MambaState:
-        if self.layer_idx is None:
-            raise ValueError("layer_idx must be given to the layer before it can keep states in inference_params")
-        cache = inference_params.key_value_memory_dict
-        if self.layer_idx not in cache:
-            cache[self.layer_idx] = self.allocate_inference_cache(batch)
-        elif inference_params.seqlen_offset == 0:
-            for part in cache[self.layer_idx]:
-                part.zero_()
-        return cache[self.layer_idx]
-
     def extra_repr(self) -> str:
         """Sizes, for print()."""
         return f"d_model={self.d_model}, d_state={self.d_state}, d_conv={self.d_conv}, expand={self.expand}"
@@ -225,9 +214,27 @@ def init_dt(proj: nn.Linear, dt_min: float, dt_max: float, dt_init: str, dt_scal
         nn.init.constant_(proj.weight, spread)
     else:
         nn.init.uniform_(proj.weight, -spread, spread)
-    low, high = math.log(dt_min), math.log(dt_max)
-    dt = torch.exp(torch.rand(proj.out_features, device=proj.weight.device) * (high - low) + low).clamp(
-        min=dt_init_floor
-    )
-    proj.bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of softplus
+    proj.bias.copy_(initial_dt_bias(proj.out_features, dt_min, dt_max, dt_init_floor, proj.weight.device))
     proj.bias._no_reinit = True  # type: ignore[attr-defined]
+
+
+def initial_dt_bias(
+    size: int, dt_min: float, dt_max: float, dt_init_floor: float, device: torch.device | str | None = None
+) -> Tensor:
+    """Numbers whose softplus is log-uniform in dt_min..dt_max, at least dt_init_floor.       (size,) fp32"""
+    low, high = math.log(dt_min), math.log(dt_max)
+    dt = torch.exp(torch.rand(size, dtype=torch.float32, device=device) * (high - low) + low).clamp(min=dt_init_floor)
+    return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
+
+
+def cached_state(mixer: Any, inference_params: Any, batch: int) -> Any:
+    """The states of a layer in `inference_params.key_value_memory_dict`; at offset 0 those before any token."""
+    if mixer.layer_idx is None:
+        raise ValueError("layer_idx must be given to the layer before it can keep states in inference_params")
+    cache = inference_params.key_value_memory_dict
+    if mixer.layer_idx not in cache:
+        cache[mixer.layer_idx] = mixer.allocate_inference_cache(batch)
+    elif inference_params.seqlen_offset == 0:
+        for part, fresh in zip(cache[mixer.layer_idx], mixer.allocate_inference_cache(batch), strict=True):
+            part.copy_(fresh)
+    return cache[mixer.layer_idx]
