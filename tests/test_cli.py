@@ -11,7 +11,7 @@ pytest.importorskip("gymnasium")
 
 from ssmkit.cli import COMMANDS, build_parser, main
 from ssmkit.data import EpisodeSet, load_episodes
-from ssmkit.train.commands.train import parse_settings
+from ssmkit.train.commands.arguments import parse_settings
 from ssmkit.train.demo import DemoOptions, run_demo
 
 OURS = [name for name, command in COMMANDS.items() if not command.own_parser]

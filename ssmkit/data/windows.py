@@ -7,7 +7,7 @@ generator seeded with (seed, step, rank), a training that resumes at any step se
 
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -178,14 +178,21 @@ class Windows:
         return self.gather(torch.as_tensor(rng.integers(len(self), size=batch_size)))
 
 
-class WindowStream(IterableDataset[TrajectoryBatch]):
+class StepBatches(Protocol):
+    """What a stream serves: batches that depend on nothing but (seed, step, rank)."""
+
+    def batch(self, batch_size: int, *, seed: int, step: int, rank: int = 0) -> Any:
+        """Batch number `step`."""
+
+
+class WindowStream(IterableDataset[Any]):
     """Batches `first_step`, `first_step + 1`, ... without end; workers take turns, so their number changes nothing."""
 
-    def __init__(self, windows: Windows, batch_size: int, *, seed: int, first_step: int = 0, rank: int = 0) -> None:
+    def __init__(self, windows: StepBatches, batch_size: int, *, seed: int, first_step: int = 0, rank: int = 0) -> None:
         self.windows, self.batch_size = windows, batch_size
         self.seed, self.first_step, self.rank = seed, first_step, rank
 
-    def __iter__(self) -> Iterator[TrajectoryBatch]:
+    def __iter__(self) -> Iterator[Any]:
         worker = get_worker_info()
         step, stride = self.first_step, 1
         if worker is not None:

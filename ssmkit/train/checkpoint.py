@@ -94,7 +94,9 @@ def prepare_run(run: Path, description: dict[str, Any], *, resume: bool, overwri
         write_config(run, description)
         return None
     before = read_config(run)
-    for part in ("model", "data", "scaling", "options"):
+    if before.get("kind") != description["kind"]:
+        raise RunError(f"{run} holds a run of a {before.get('kind')} model, not of a {description['kind']} model")
+    for part in (name for name, value in description.items() if isinstance(value, dict)):
         if differing(before.get(part), description[part]):
             raise RunError(
                 f"{run} was started with another {part} ({differing(before.get(part), description[part])}); "
