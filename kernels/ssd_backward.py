@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import multiprocessors, on_device_of, row_stride, sum_parts
+from .launch import multiprocessors, on_device_of, register_limit, row_stride, sum_parts
 from .math import rounded, silu_grad
 from .ssd import (
     Plan,
@@ -66,6 +66,9 @@ def ssd_bwd_heads_kernel(
         x_QP = load_rows(tokens.x, row, tokens.x_row, head * sizes.headdim + p, live, in_p)
         dy_QP = load_dy(dy_ptr, dy_row, tokens, row, head * sizes.headdim + p, live, in_p, ACC)
         dM_QQ = dot(dy_QP, tl.trans(x_QP), dM_QQ, PRECISION)
+        if dD_ptr is not None:
+            at_D = (slot * sizes.nheads + head) * sizes.headdim + p
+            tl.store(dD_ptr + at_D, tl.sum(dy_QP.to(ACC) * x_QP.to(ACC), 0), mask=in_p)
     M_QQ = CB_QQ * mask_of(high_Q, low_Q, part_Q, Q)
     # T_ts summed over t >= l, then over s < l
     passing_QQ = tl.cumsum(dM_QQ * M_QQ * dt_Q[None, :], 0, reverse=True)
@@ -104,8 +107,6 @@ def ssd_bwd_heads_kernel(
         at_QP = row[:, None] * (sizes.nheads * sizes.headdim) + column[None, :]
         if D_ptr is not None:
             dx_QP += tl.load(D_ptr + column, mask=in_p, other=0.0)[None, :] * dy_QP.to(ACC)
-            at_D = slot * (sizes.nheads * sizes.headdim) + column
-            tl.store(dD_ptr + at_D, tl.sum(dy_QP.to(ACC) * x_QP, 0), mask=in_p)
         tl.store(dx_ptr + at_QP, rounded(dx_QP, dx_ptr), mask=exists_QP)
         if dz_ptr is not None:
             z_QP = load_rows(tokens.z, row, tokens.z_row, column, live, in_p).to(ACC)
@@ -201,18 +202,18 @@ def backward(
     splits = triton.cdiv(plan.nheads // plan.ngroups, heads)
     part_dtype = like if splits == 1 else plan.acc
     dB, dC = (B.new_empty(splits, *B.shape, dtype=part_dtype) for _ in range(2))
-    tiles = {"BLOCK_N": plan.narrow_n, "num_stages": 1, "num_warps": 8}
+    tiles = {"num_stages": 1, "num_warps": 8, **register_limit(255)}
     with on_device_of(x):
         if plan.nseq * plan.nheads * plan.headdim > 0:
             plan.states(dy, dfinal_state, dstates, dinitial_state)
         if plan.slots * plan.nheads > 0:
             ssd_bwd_heads_kernel[(plan.slots * plan.nheads,)](
                 *plan.arguments, dy, row_stride(dy), D, checkpoints, dstates, ungated, dx, ddt, dz, dsteps, dD,
-                **plan.options, **tiles, BLOCK_P=plan.gated_p,
+                **plan.options, **tiles, BLOCK_P=plan.gated_p, BLOCK_N=plan.gated_n,
             )  # fmt: skip
             ssd_bwd_weights_kernel[(plan.slots * plan.ngroups, blocks_n, splits)](
                 *plan.arguments, dy, row_stride(dy), checkpoints, dstates, dB, dC, plan.batch * plan.seqlen, heads,
-                **plan.options, **tiles, BLOCK_P=16,
+                **plan.options, **tiles, BLOCK_P=16, BLOCK_N=plan.narrow_n,
             )  # fmt: skip
     dA, dbias = sum_parts(dsteps, plan.acc).unbind(0)
     return (
