@@ -244,6 +244,8 @@ class Mamba3(nn.Module):
         if flags["mask"] is not None:
             dt = torch.where(flags["mask"][..., None], dt, 0.0)
         angle = self._angles(dt, theta, walk, None if old is None else old.angle)
+        # Both turn alike, so their product is known before.
+        own = (k * q).sum(-1)
         k, q = rotate(k, angle), rotate(q, angle)
 
         beta = dt * (1 - lam)  # without the decay, which comes with the token after
@@ -264,7 +266,7 @@ class Mamba3(nn.Module):
             backend=self.backend,
             **flags,
         )
-        y = y + (self.D.to(v.dtype) - ahead * (k * q).sum(-1))[..., None] * v
+        y = y + (self.D.to(v.dtype) - ahead * own)[..., None] * v
         if flags["mask"] is not None:
             y = torch.where(flags["mask"][..., None, None], y, 0.0)
         return y, walk.carry(angle, ssm, k, v, old)

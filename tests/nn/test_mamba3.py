@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from ssmkit.nn import Mamba3, MambaStack
 from ssmkit.ops import ssd
-from ssmkit.testing import assert_close, available, device_of
+from ssmkit.testing import CANCELLATION, assert_close, available, device_of
 
 BACKENDS = [name for name in available("ssd", reference=True) if name in [*available("rms_norm"), "reference"]]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
@@ -115,22 +115,34 @@ def test_outputs_and_gradients_of_the_recurrence(variant, backend):
     torch.testing.assert_close(with_gradients(mixer, hidden, dy, mixer), expected)
 
 
+@pytest.mark.parametrize("turning", [True, False])
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name == "cpu" or torch.cuda.is_available()])
-def test_float32_stays_close_over_many_tokens(backend):
-    mixer, hidden = layer(backend, torch.float32), tokens(backend, seqlen=600, dtype=torch.float32)
-    dy = tokens(backend, seqlen=600, dtype=torch.float32, seed=2)
-    actual = with_gradients(mixer, hidden, dy, mixer)
+def test_float32_over_many_tokens(backend, turning):
+    """Only differences of angles matter, so an angle's gradient adds up terms that cancel, to the end of the sequence."""
+    seqlen = 300
+    mixer, hidden, dy = (
+        layer(backend, torch.float32),
+        *(tokens(backend, 2, seqlen, seed=seed).float() for seed in (1, 2)),
+    )
+    if not turning:
+        mixer.in_proj.weight.data[-mixer.nangles :] = 0.0
     wide = layer(backend)
     wide.load_state_dict({name: p.double() for name, p in mixer.state_dict().items()})
-    expected = with_gradients(wide, hidden.double(), dy, wide)
-    for name, a, e in zip(
-        ["y", "du", *(f"d{name}" for name, _ in mixer.named_parameters())], actual, expected, strict=True
-    ):
-        # Six products and norms in a row, and gradients of parameters that are sums over 1200 tokens of either sign.
-        assert_close(name, a, e, slack=8.0)
+    found = ["y", "du", *(f"d{name}" for name, _ in mixer.named_parameters())]
+    actual = dict(zip(found, with_gradients(mixer, hidden, dy, mixer), strict=True))
+    expected = dict(zip(found, with_gradients(wide, hidden.double(), dy, wide), strict=True))
+    for gradients in (actual, expected):
+        gradients["dtheta"] = gradients["din_proj.weight"][-mixer.nangles :]
+        gradients["din_proj.weight"] = gradients["din_proj.weight"][: -mixer.nangles]
+    for name in actual:
+        # The errors of those sums walk at random and neighbours share them: in a total they grow like the length. dt moves
+        # the angles, and u moves dt.
+        through_angles = name == "dtheta" or (turning and name in ("du", "ddt_bias", "din_proj.weight"))
+        slack = seqlen / 5 if through_angles else 1.0 if name in ("y", "du") else CANCELLATION
+        assert_close(name, actual[name], expected[name], slack=slack)
 
 
-@pytest.mark.parametrize(("name", "backend"), thorough(names("mamba3_block*"), ["mamba3_block_g2_full_turn"]))
+@pytest.mark.parametrize(("name", "backend"), thorough(names("mamba3_block*"), []))
 def test_official_block(name, backend):
     """The official layer around the reference recurrence of its tests, in float64 and to the stored bounds in float32."""
     case = load(name)
@@ -193,8 +205,7 @@ def test_step_equals_forward(variant, backend):
     torch.testing.assert_close(state, same)
 
 
-@every_backend
-@pytest.mark.parametrize("cut", [0, 1, 6, 11])
+@pytest.mark.parametrize(("cut", "backend"), thorough([0, 1, 6, 11], [6]))
 def test_carried_state_equals_one_pass(cut, backend):
     mixer, hidden = layer(backend, ngroups=2), tokens(backend)
     state, same = mixer.allocate_inference_cache(2), mixer.allocate_inference_cache(2)
@@ -222,7 +233,7 @@ def test_inference_params_like_the_official_ones():
     assert set(cache.key_value_memory_dict) == {3}
 
 
-@pytest.mark.parametrize(("variant", "backend"), thorough(["plain", "norm"], ["plain"]))
+@pytest.mark.parametrize(("variant", "backend"), thorough(["plain", "norm"], []))
 def test_packed_equals_separate_sequences(variant, backend):
     """Forward and every gradient, however the cuts are told."""
     mixer, hidden = layer(backend, **VARIANTS[variant]), tokens(backend, batch=1)
@@ -262,7 +273,7 @@ def test_packed_sequences_continue_their_states(backend):
 PADDED = {"left": [3, 4, 5, 6, 7, 8, 9, 10], "right": [0, 1, 2, 3], "inside": [1, 2, 6, 9]}
 
 
-@pytest.mark.parametrize(("side", "backend"), thorough(PADDED, ["inside"]))
+@pytest.mark.parametrize(("side", "backend"), thorough(PADDED, []))
 def test_pads_change_nothing(side, backend):
     """Neither outputs nor states nor gradients, with a state from before and with one reset among the tokens."""
     mixer, hidden = layer(backend), tokens(backend)
@@ -344,8 +355,7 @@ def test_initialisation_names_and_shapes():
     assert Mamba3(64, device="meta").in_proj.weight.is_meta
 
 
-@every_backend
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(("dtype", "backend"), thorough([torch.bfloat16, torch.float16], []))
 def test_low_precision_and_autocast(dtype, backend):
     mixer, hidden = layer(backend, torch.float32, ngroups=2), tokens(backend, dtype=torch.float32)
     low = layer(backend, torch.float32, ngroups=2).to(dtype)
