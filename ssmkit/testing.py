@@ -219,6 +219,22 @@ def selective_state_step_inputs(
     return {"state": inputs.pop("initial_state")} | inputs | rows
 
 
+def ssd_step_inputs(
+    batch: int,
+    nheads: int,
+    headdim: int,
+    dstate: int,
+    *,
+    optional: tuple[str, ...] = ("D", "z", "dt_bias"),
+    **options: Any,
+) -> dict[str, Any]:
+    """Keyword inputs of `ssd_step`: those of `ssd` over one token, without gradients."""
+    options = {"requires_grad": False} | options
+    inputs = ssd_inputs(batch, 1, nheads, headdim, dstate, optional=(*optional, "initial_state"), **options)
+    rows = {k: v.squeeze(1) for k, v in inputs.items() if k in ("x", "dt", "B", "C", "z")}
+    return {"state": inputs.pop("initial_state")} | inputs | rows
+
+
 def causal_conv1d_inputs(
     batch: int,
     seqlen: int,

@@ -1,0 +1,202 @@
+"""One token of state-space duality, with the state updated in place: decoding with Mamba-2.
+
+    h <- exp(dt A) h + dt x B^T        (headdim, dstate) per head
+    y = (h C + D x) * silu(z)
+
+The recurrence of `ssd` (Dao & Gu 2024, arXiv:2405.21060) at one token. There is no gradient: training walks whole
+sequences.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssmkit.backends import Backend, choose, load
+from ssmkit.ops._check import FLOATS, check_device, check_dtype, check_ndim, check_shape, check_slots
+from ssmkit.ops._define import acc_dtype, define
+from ssmkit.ops.selective_scan import SOFTPLUS_THRESHOLD
+
+BACKENDS = (
+    Backend("triton", device="cuda", module="ssmkit.kernels.ssd_step"),
+    Backend("cpu", device="cpu", module="ssmkit.native.ssd_step"),
+)
+
+
+def ssd_step(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    *,
+    D: Tensor | None = None,
+    z: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    dt_softplus: bool = False,
+    dt_limit: tuple[float, float] = (0.0, math.inf),
+    state_indices: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """One token of `ssd`; `state` is updated in place.
+
+        dt <- clamp(softplus(dt + dt_bias), *dt_limit)            softplus where asked
+        h <- exp(dt A) h + dt x B^T
+        y = (h C + D x) * silu(z)
+
+    Dao & Gu 2024, arXiv:2405.21060. Not differentiable: inputs that require a gradient are taken as constants.
+
+    Args:
+        state: h, computed in fp32 (fp64 for fp64 x) and kept in its own dtype
+                                                  (slots, nheads, headdim, dstate)  float, contiguous
+        x: Input                                  (batch, nheads, headdim)          fp32, bf16, fp16 or fp64
+        dt: Step sizes (logits with dt_softplus)  (batch, nheads)                   as x
+        A: Decay rates, negative                  (nheads,)                         float
+        B, C: Input and output weights            (batch, dstate) or (batch, ngroups, dstate)  as x; head h reads group
+            h // (nheads // ngroups)
+        D: Skip weights                           (nheads,) or (nheads, headdim)    float
+        z: Gate logits                            (batch, nheads, headdim)          as x
+        dt_bias: Added to dt before softplus      (nheads,)                         float
+        dt_softplus: Apply softplus to dt (above 20 it is the identity).
+        dt_limit: dt is clamped into it, after softplus.
+        state_indices: Slot of each row of the batch, no slot twice; a negative one leaves its y at 0 and no state is
+            touched. Without it slot b belongs to row b.  (batch,)  int32 or int64
+        backend: "auto", "reference", or a name from BACKENDS.
+    Returns:
+        y of the shape and dtype of x.
+    Raises:
+        ValueError: a shape, dtype, device or value does not fit.
+        BackendError: the backend asked for cannot take the call.
+    """
+    B, C = (weight.unsqueeze(1) if weight.ndim == 2 else weight for weight in (B, C))
+    _check(state, x, dt, A, B, C, D, z, dt_bias, dt_limit, state_indices)
+    acc = acc_dtype(x.dtype)
+    A, dt_bias = A.to(acc), None if dt_bias is None else dt_bias.to(acc)
+    D = None if D is None else (D if D.ndim == 2 else D[:, None]).to(acc).expand(*x.shape[1:])
+    dt_min, dt_max = map(float, dt_limit)
+    chosen = choose("ssd_step", BACKENDS, backend, x)
+    if chosen == "reference":
+        check_slots(state_indices, state.shape[0])
+        with torch.no_grad():
+            return ssd_step_ref(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, state_indices)
+    return ssd_step_op(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, state_indices, chosen)
+
+
+def _check(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_limit: tuple[float, float],
+    state_indices: Tensor | None,
+) -> None:
+    check_ndim("x", x, "batch, nheads, headdim")
+    check_dtype("x", x, FLOATS)
+    batch, nheads, headdim = x.shape
+    wide = x.dtype == torch.float64
+    narrow = FLOATS if wide else FLOATS[:3]
+    why = f"because x is {str(x.dtype).removeprefix('torch.')}"
+    check_ndim("B", B, "batch, ngroups, dstate")
+    ngroups, dstate = B.shape[1:]
+    for name, weight in (("B", B), ("C", C)):
+        check_shape(name, weight, (batch, ngroups, dstate), "batch, ngroups, dstate")
+    if ngroups < 1 or nheads % ngroups:
+        raise ValueError(f"B has {ngroups} groups, which must divide nheads {nheads}")
+    check_shape("dt", dt, (batch, nheads), "batch, nheads")
+    if z is not None:
+        check_shape("z", z, x.shape, "batch, nheads, headdim")
+    for name, tensor in (("dt", dt), ("z", z), ("B", B), ("C", C)):
+        if tensor is not None:
+            check_dtype(name, tensor, (x.dtype,), "like x")
+
+    check_ndim("state", state, "slots, nheads, headdim, dstate")
+    slots = batch if state_indices is None else state.shape[0]
+    check_shape("state", state, (slots, nheads, headdim, dstate), "slots, nheads, headdim, dstate")
+    check_dtype("state", state, (torch.float64,) if wide else narrow, why)
+    if not state.is_contiguous():
+        raise ValueError(f"state must be contiguous to be updated in place, got strides {state.stride()}")
+    if D is not None and D.ndim != 1:
+        check_shape("D", D, (nheads, headdim), "nheads, headdim; or nheads alone")
+    for name, vector in (("A", A), ("D", D), ("dt_bias", dt_bias)):
+        if vector is not None:
+            if vector.ndim != 2 or name != "D":
+                check_shape(name, vector, (nheads,), "nheads")
+            check_dtype(name, vector, narrow, why)
+    if state_indices is not None:
+        check_shape("state_indices", state_indices, (batch,), "batch")
+        check_dtype("state_indices", state_indices, (torch.int32, torch.int64))
+    check_device(x, state=state, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, state_indices=state_indices)
+    if len(dt_limit) != 2 or not dt_limit[0] <= dt_limit[1]:
+        raise ValueError(f"dt_limit must be (low, high) with low <= high, got {tuple(dt_limit)}")
+
+
+def ssd_step_ref(
+    state: Tensor,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    dt_softplus: bool,
+    dt_min: float,
+    dt_max: float,
+    state_indices: Tensor | None,
+) -> Tensor:
+    """The equations in float64; updates `state`."""
+    slots = torch.arange(x.shape[0], device=x.device) if state_indices is None else state_indices.long()
+    used = slots >= 0
+    x_BHP, dt_BH = x.double(), dt.double()
+    if dt_bias is not None:
+        dt_BH = dt_BH + dt_bias.double()
+    if dt_softplus:
+        dt_BH = F.softplus(dt_BH, threshold=SOFTPLUS_THRESHOLD)
+    dt_BH = dt_BH.clamp(dt_min, dt_max)
+    B_BHN, C_BHN = (weight.double().repeat_interleave(x.shape[1] // weight.shape[1], dim=1) for weight in (B, C))
+    decay_BH, input_BHP = torch.exp(dt_BH * A.double()), dt_BH[..., None] * x_BHP
+    h_BHPN = state[slots.clamp(min=0)].double()
+    h_BHPN = decay_BH[..., None, None] * h_BHPN + input_BHP[..., None] * B_BHN[:, :, None]
+    y = (h_BHPN * C_BHN[:, :, None]).sum(-1)
+    if D is not None:
+        y = y + D.double() * x_BHP
+    if z is not None:
+        y = y * F.silu(z.double())
+    state.index_copy_(0, slots[used], h_BHPN[used].to(state.dtype))
+    return torch.where(used[:, None, None], y, 0.0).to(x.dtype)
+
+
+def _dense_rows(rows: Tensor) -> Tensor:
+    """`rows` itself where everything but the batch axis is dense, else a copy."""
+    dense = 1
+    for size, stride in zip(reversed(rows.shape[1:]), reversed(rows.stride()[1:]), strict=True):
+        if size != 1 and stride != dense:
+            return rows.contiguous()
+        dense *= size
+    return rows
+
+
+def _step(
+    state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
+    dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float, state_indices: Tensor | None, backend: str,
+) -> Tensor:  # fmt: skip
+    check_slots(state_indices, state.shape[0])
+    x, dt, B, C, z = (None if t is None else _dense_rows(t) for t in (x, dt, B, C, z))
+    A, D, dt_bias, slots = (None if t is None else t.contiguous() for t in (A, D, dt_bias, state_indices))
+    return load(BACKENDS, backend).step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, slots)
+
+
+ssd_step_op = define(
+    "ssd_step(Tensor(a!) state, Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, "
+    "Tensor? dt_bias, bool dt_softplus, float dt_min, float dt_max, Tensor? state_indices, str backend) -> Tensor",
+    _step,
+    lambda state, x, *_: x.new_empty(x.shape),
+)
