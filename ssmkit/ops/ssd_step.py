@@ -189,9 +189,12 @@ def _step(
     dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float, state_indices: Tensor | None, backend: str,
 ) -> Tensor:  # fmt: skip
     check_slots(state_indices, state.shape[0])
-    x, dt, B, C, z = (None if t is None else _dense_rows(t) for t in (x, dt, B, C, z))
-    A, D, dt_bias, slots = (None if t is None else t.contiguous() for t in (A, D, dt_bias, state_indices))
-    return load(BACKENDS, backend).step(state, x, dt, A, B, C, D, z, dt_bias, dt_softplus, dt_min, dt_max, slots)
+    rows = [None if t is None else _dense_rows(t) for t in (x, dt, B, C, z)]
+    dense = [None if t is None else t.contiguous() for t in (A, D, dt_bias, state_indices)]
+    return load(BACKENDS, backend).step(
+        state, rows[0], rows[1], dense[0], rows[2], rows[3], dense[1], rows[4], dense[2],
+        dt_softplus, dt_min, dt_max, dense[3],
+    )  # fmt: skip
 
 
 ssd_step_op = define(
