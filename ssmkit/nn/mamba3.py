@@ -246,7 +246,8 @@ class Mamba3(nn.Module):
         angle = self._angles(dt, theta, walk, None if old is None else old.angle)
         # Both turn alike, so their product is known before.
         own = (k * q).sum(-1)
-        k, q = rotate(k, angle), rotate(q, angle)
+        cos, sin = angle.cos(), angle.sin()
+        k, q = rotate(k, cos, sin), rotate(q, cos, sin)
 
         beta = dt * (1 - lam)  # without the decay, which comes with the token after
         ahead = torch.where(walk.linked[:, None], beta.flatten(0, 1)[walk.after], 0.0).view_as(beta)
@@ -327,12 +328,11 @@ def decay_rate(a: Tensor) -> Tensor:
     return a.clamp(min=0) + 1 / (1 - a.clamp(max=0))
 
 
-def rotate(weight: Tensor, angle: Tensor) -> Tensor:
-    """Turn the pairs (2i, 2i + 1) of (..., d_state) by (..., nangles); what is left over stays."""
-    nangles = angle.shape[-1]
+def rotate(weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn the pairs (2i, 2i + 1) of (..., d_state) by angles (..., nangles); what is left over stays."""
+    nangles = cos.shape[-1]
     pairs, rest = weight.split((2 * nangles, weight.shape[-1] - 2 * nangles), dim=-1)
     even, odd = pairs.unflatten(-1, (nangles, 2)).unbind(-1)
-    cos, sin = angle.cos(), angle.sin()
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return torch.cat([turned.flatten(-2), rest], dim=-1)
 
