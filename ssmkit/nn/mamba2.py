@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ssmkit.nn.mamba import MambaState, cached_state, initial_dt_bias
 from ssmkit.nn.rms_norm import RMSNorm
-from ssmkit.ops import causal_conv1d, causal_conv1d_step, ssd
+from ssmkit.ops import causal_conv1d, causal_conv1d_step, ssd, ssd_step
 from ssmkit.ops._check import check_dtype, check_shape
 
 
@@ -260,19 +260,17 @@ class Mamba2(nn.Module):
             xBC, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu", backend=self.backend
         )
         x, A, B, C = self._heads(xBC)
-        y, final = ssd(
-            x.unsqueeze(1),
-            dt.unsqueeze(1),
+        y = ssd_step(
+            ssm_state,
+            x,
+            dt,
             A,
-            B.unsqueeze(1),
-            C.unsqueeze(1),
-            z=None if self.norm is not None else z.unflatten(-1, (1, self.nheads, self.headdim)),
+            B,
+            C,
+            z=None if self.norm is not None else z.unflatten(-1, (self.nheads, self.headdim)),
             **self._rates(),
-            initial_state=ssm_state.clone(),
-            return_final_state=True,
             backend=self.backend,
         )
-        ssm_state.copy_(final.detach())
         return self._merge(y.flatten(1), z, z0, x0).unsqueeze(1), conv_state, ssm_state
 
     def allocate_inference_cache(

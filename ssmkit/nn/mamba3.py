@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from ssmkit.nn.mamba import cached_state, initial_dt_bias
 from ssmkit.nn.mamba2 import walk_of
 from ssmkit.nn.rms_norm import RMSNorm
-from ssmkit.ops import ssd
+from ssmkit.ops import ssd, ssd_step
 from ssmkit.ops._check import check_cu_seqlens, check_flag, check_shape
 from ssmkit.ops._define import acc_dtype
 
@@ -201,8 +201,8 @@ class Mamba3(nn.Module):
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, batch, seqlen, "hidden_states")
         if state is not None:
-            for name, part, zero in zip(Mamba3State._fields, state, self.allocate_inference_cache(nseq), strict=True):
-                check_shape(f"state {name}", part, zero.shape)
+            for name, part, shape in zip(Mamba3State._fields, state, self._state_shapes(nseq), strict=True):
+                check_shape(f"state {name}", part, shape)
         z, tokens = self._project(hidden_states)
         walk = walk_over(batch, seqlen, resets, mask, cu_seqlens, hidden_states.device)
         # A state that is overwritten below must not be the one that backward reads.
@@ -290,14 +290,29 @@ class Mamba3(nn.Module):
         y = y * F.silu(z.to(y.dtype)) if self.norm is None else self.norm(y.to(z.dtype), z)
         return self.out_proj(y.to(z.dtype))
 
-    def step(self, hidden_states: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
+    def step(
+        self, hidden_states: Tensor, angle: Tensor, ssm: Tensor, k: Tensor, v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """One token: hidden_states (batch, 1, d_model). Returns the output and the states, updated in place."""
         if hidden_states.ndim != 3 or hidden_states.shape[1] != 1:
             raise ValueError(
                 f"hidden_states must have shape (batch, 1, {self.d_model}), got {tuple(hidden_states.shape)}; "
                 "use forward(..., state=...) for several tokens"
             )
-        return self.forward(hidden_states, state=state), *state
+        z, tokens = self._project(hidden_states.squeeze(1))
+        x, k_now, q, A, dt, lam, theta = tokens
+        with torch.no_grad():
+            angle.copy_(torch.remainder(angle + dt[..., None] * theta[:, None], 2 * math.pi))
+            cos, sin = angle.cos(), angle.sin()
+            k_now, q = rotate(k_now, cos, sin), rotate(q, cos, sin)
+            # The token before gets its second share here, and all of it the decay of the step.
+            ssm.add_(torch.einsum("bh,bhp,bhn->bhpn", dt * (1 - lam), v.to(x.dtype), k[:, 0].to(x.dtype)))
+            rate = -torch.ones_like(self.D, dtype=x.dtype)
+            y = ssd_step(ssm, x * (lam / -A)[..., None], -A * dt, rate, k_now, q, backend=self.backend)
+            k.copy_(k_now.unsqueeze(1))
+            v.copy_(x)
+        y = y + self.D.to(x.dtype)[:, None] * x
+        return self._merge(y, z).unsqueeze(1), angle, ssm, k, v
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int | None = None, dtype: torch.dtype | None = None, **_: Any
@@ -306,14 +321,16 @@ class Mamba3(nn.Module):
 
         max_seqlen is accepted for compatibility: the states do not grow.
         """
-        weight = self.in_proj.weight
+        weight, shapes = self.in_proj.weight, self._state_shapes(batch_size)
         wide = acc_dtype(weight.dtype)
-        return Mamba3State(
-            weight.new_zeros(batch_size, self.nheads, self.nangles, dtype=wide),
-            weight.new_zeros(batch_size, self.nheads, self.headdim, self.d_state, dtype=wide),
-            weight.new_zeros(batch_size, 1, self.nheads, self.d_state, dtype=wide),
-            weight.new_zeros(batch_size, self.nheads, self.headdim, dtype=dtype or weight.dtype),
-        )
+        dtypes = (wide, wide, wide, dtype or weight.dtype)
+        return Mamba3State(*(weight.new_zeros(shape, dtype=kind) for shape, kind in zip(shapes, dtypes, strict=True)))
+
+    def _state_shapes(self, nseq: int) -> tuple[tuple[int, ...], ...]:
+        """Of angle, ssm, k and v."""
+        heads = (nseq, self.nheads)
+        ssm, k = (*heads, self.headdim, self.d_state), (nseq, 1, self.nheads, self.d_state)
+        return (*heads, self.nangles), ssm, k, (*heads, self.headdim)
 
     def extra_repr(self) -> str:
         """Sizes, for print()."""

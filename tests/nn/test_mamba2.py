@@ -12,7 +12,7 @@ from golden_cases import load, names
 from ssmkit.nn import Mamba2, Mamba2Simple
 from ssmkit.testing import assert_close, available, device_of
 
-OTHERS = [[*available(op), "reference"] for op in ("causal_conv1d", "rms_norm")]
+OTHERS = [[*available(op), "reference"] for op in ("causal_conv1d", "rms_norm", "ssd_step")]
 BACKENDS = [name for name in available("ssd", reference=True) if all(name in usable for usable in OTHERS)]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 compiled_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
@@ -323,8 +323,9 @@ def test_published_parameter_counts(n_layer, d_model, total):
     assert n_layer * (mixer + d_model) + d_model + 50288 * d_model == total
 
 
-@pytest.mark.parametrize(("dtype", "backend"), thorough([torch.bfloat16, torch.float16], [torch.bfloat16]))
+@pytest.mark.parametrize(("dtype", "backend"), thorough(["bfloat16", "float16"], ["bfloat16"]))
 def test_low_precision_and_autocast(dtype, backend):
+    dtype = getattr(torch, dtype)
     mixer, hidden = layer(backend, torch.float32), tokens(backend, dtype=torch.float32)
     expected = mixer(hidden)
     device = hidden.device.type

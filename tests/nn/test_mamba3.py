@@ -14,7 +14,8 @@ from ssmkit.nn import Mamba3, MambaStack
 from ssmkit.ops import ssd
 from ssmkit.testing import CANCELLATION, assert_close, available, device_of
 
-BACKENDS = [name for name in available("ssd", reference=True) if name in [*available("rms_norm"), "reference"]]
+OTHERS = [[*available(op), "reference"] for op in ("rms_norm", "ssd_step")]
+BACKENDS = [name for name in available("ssd", reference=True) if all(name in usable for usable in OTHERS)]
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 # Each op is compiled and exported on every backend elsewhere, and Mamba2 is.
 compiled_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"][-1:])
@@ -301,6 +302,31 @@ def test_pads_change_nothing(side, backend):
         torch.testing.assert_close(actual, wanted)
 
 
+@pytest.mark.parametrize(("seed", "backend"), thorough(range(6), []))
+def test_any_walk_equals_its_tokens_one_by_one(seed, backend):
+    """Packed sequences of any length, pads and resets anywhere, states from before: outputs and states."""
+    torch.manual_seed(seed)
+    mixer = layer(backend, ngroups=2)
+    ends = torch.cat([torch.zeros(1), torch.randint(0, 15, (4,)).sort().values, torch.tensor([14.0])]).long()
+    real, resets = torch.rand(1, 14) < 0.6, torch.rand(1, 14) < 0.2
+    hidden = tokens(backend, batch=1, seqlen=14, seed=seed)
+    state = mixer.allocate_inference_cache(5)
+    with torch.no_grad():
+        mixer(tokens(backend, batch=5, seqlen=2, seed=seed + 9), state=state)
+        expected, singles = torch.zeros_like(hidden), [[part[i : i + 1].clone() for part in state] for i in range(5)]
+        for single, (start, end) in zip(singles, pairwise(ends.tolist()), strict=True):
+            for token in range(start, end):
+                if resets[0, token]:
+                    for part in single:
+                        part.zero_()
+                if real[0, token]:
+                    expected[:, token] = mixer.step(hidden[:, token : token + 1], *single)[0][:, 0]
+        walk = {"cu_seqlens": ends, "mask": real, "resets": resets}
+        y = mixer(hidden, state=state, **{name: told.to(hidden.device) for name, told in walk.items()})
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(list(state), [torch.cat(parts) for parts in zip(*singles, strict=True)])
+
+
 def test_pads_alone_keep_the_state_unless_they_reset():
     mixer, hidden = layer(), tokens()
     state, before = mixer.allocate_inference_cache(2), mixer.allocate_inference_cache(2)
@@ -355,8 +381,9 @@ def test_initialisation_names_and_shapes():
     assert Mamba3(64, device="meta").in_proj.weight.is_meta
 
 
-@pytest.mark.parametrize(("dtype", "backend"), thorough([torch.bfloat16, torch.float16], []))
+@pytest.mark.parametrize(("dtype", "backend"), thorough(["bfloat16", "float16"], []))
 def test_low_precision_and_autocast(dtype, backend):
+    dtype = getattr(torch, dtype)
     mixer, hidden = layer(backend, torch.float32, ngroups=2), tokens(backend, dtype=torch.float32)
     low = layer(backend, torch.float32, ngroups=2).to(dtype)
     for parameter in (*mixer.parameters(), hidden):
