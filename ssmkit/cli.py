@@ -24,6 +24,7 @@ COMMANDS = {
     "record": Command("record trajectories of a task into a file", "ssmkit.train.commands.record"),
     "train": Command("train a model; resumes where a killed training stopped", "ssmkit.train.commands.train"),
     "evaluate": Command("roll a trained model out in its environment", "ssmkit.train.commands.evaluate"),
+    "generate": Command("let a language model write on from a prompt", "ssmkit.train.commands.generate"),
     "demo": Command("record, train, evaluate and plot, in a few minutes on a CPU", "ssmkit.train.commands.demo"),
     "bench": Command("time an op against its rivals and the machine's limit", "ssmkit.benchmarks.cli"),
     "doctor": Command("show what can run here, and why the rest cannot", "ssmkit.doctor", own_parser=True),
@@ -35,6 +36,8 @@ examples:
   ssmkit record pendulum --out data/pendulum.npz
   ssmkit train trajectory --data data/pendulum.npz --model decision-mamba --out runs/pendulum
   ssmkit evaluate runs/pendulum --targets -150 -400 -900
+  ssmkit train language --data stdlib --out runs/stdlib
+  ssmkit generate runs/stdlib --prompt "def main("
   ssmkit bench selective_scan
 
 `ssmkit COMMAND --help` explains each command."""
@@ -44,7 +47,7 @@ def build_parser(chosen: str | None = None) -> argparse.ArgumentParser:
     """The parser, with the arguments of the `chosen` command filled in (importing all would be slow)."""
     parser = argparse.ArgumentParser(
         prog="ssmkit",
-        description="State-space sequence models: record data, train, evaluate, measure.",
+        description="State-space sequence models: record data, train, evaluate, write, measure.",
         epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

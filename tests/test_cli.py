@@ -39,7 +39,11 @@ def test_help_lists_every_command(capsys):
     assert "examples:" in text
 
 
-@pytest.mark.parametrize("argv", [*([name] for name in OURS if name != "train"), ["train", "trajectory"]], ids=" ".join)
+@pytest.mark.parametrize(
+    "argv",
+    [*([name] for name in OURS if name != "train"), ["train", "trajectory"], ["train", "language"]],
+    ids=" ".join,
+)
 def test_each_command_shows_examples_that_parse(argv, capsys):
     text = help_of(capsys, *argv)
     examples = [line.strip().split("   ")[0] for line in text.splitlines() if line.strip().startswith("ssmkit ")]

@@ -108,6 +108,6 @@ def prepare_run(run: Path, description: dict[str, Any], *, resume: bool, overwri
 def differing(before: Any, now: Any) -> str:
     """The entries in which two descriptions differ, as text; empty if none. Tuples and lists are alike, as in JSON."""
     before, now = (dict(value) if isinstance(value, dict) else {} for value in (before, now))
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in now.items()}
+    plain = json.loads(json.dumps(now))
     keys = sorted(key for key in {*before, *plain} if before.get(key) != plain.get(key) and key != "source")
     return ", ".join(f"{key}: {before.get(key)} then, {plain.get(key)} now" for key in keys)

@@ -14,6 +14,7 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "trajectory": Family("a policy from recorded trajectories", "ssmkit.train.commands.train_trajectory"),
+    "language": Family("a language model from text files", "ssmkit.train.commands.train_language"),
 }
 
 
