@@ -11,9 +11,10 @@ where what precedes a byte is cut off at a window of `context`; windows overlap 
 import functools
 import glob
 import hashlib
+import itertools
 import sysconfig
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -44,6 +45,8 @@ class Text:
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self.pieces = [piece for piece in pieces if piece.size > 0]
+        if not self.pieces:
+            raise TextError(f"a text needs at least one byte, got none in {', '.join(str(p.path) for p in pieces[:3])}")
         sizes = np.array([piece.size for piece in self.pieces], np.int64)
         self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes + 1)])
 
@@ -160,14 +163,13 @@ def split_text(files: Sequence[Path], fraction: float, by: Split | None = None) 
         kept = {path: size - int(size * fraction) for path, size in sizes.items()}
         train = [Piece(path, 0, kept[path]) for path in files]
         held_out = [Piece(path, kept[path], size - kept[path]) for path, size in sizes.items()]
-    texts = Text(train), Text(held_out)
-    for text, name in zip(texts, ("trained on", "held out"), strict=True):
-        if not text.pieces:
+    for part, name in ((train, "trained on"), (held_out, "held out")):
+        if not any(piece.size for piece in part):
             raise TextError(
                 f"nothing is {name} when a share of {fraction} of {len(files)} files is held out; choose another share, "
                 "split by 'tail', or give files of their own to hold out"
             )
-    return texts
+    return Text(train), Text(held_out)
 
 
 def files_by_digest(sizes: dict[Path, int], share: int) -> set[Path]:
@@ -217,30 +219,27 @@ class ScoredWindow(NamedTuple):
     skip: int
 
 
-def scored_windows(text: Text, context: int) -> list[ScoredWindow]:
+def scored_windows(text: Text, context: int) -> Iterator[ScoredWindow]:
     """Windows, overlapping by half, that score every byte of a text once, and no NUL."""
-    windows = []
     for start, piece in zip(text.starts.tolist(), text.pieces, strict=False):
         first = scored = 0
         while scored < piece.size:
             length = min(context, piece.size - first)
-            windows.append(ScoredWindow(start + first, length, scored - first))
+            yield ScoredWindow(start + first, length, scored - first)
             scored = first + length
             first += context - context // 2
-    return windows
 
 
-def some_windows(windows: Sequence[ScoredWindow], nbytes: int) -> list[ScoredWindow]:
-    """Every so many-th window, so that about `nbytes` bytes are scored."""
-    total = sum(window.length - window.skip for window in windows)
-    return list(windows[:: max(1, round(total / nbytes))])
+def some_windows(text: Text, context: int, nbytes: int) -> Iterator[ScoredWindow]:
+    """Every so many-th of the scored windows, so that about `nbytes` bytes are scored."""
+    return itertools.islice(scored_windows(text, context), 0, None, max(1, round(text.nbytes / nbytes)))
 
 
 @torch.no_grad()
 def bits_per_byte(
     predict: Callable[[Tensor], Tensor],
     text: Text,
-    windows: Sequence[ScoredWindow],
+    windows: Iterable[ScoredWindow],
     *,
     batch_size: int = 16,
     device: Any = "cpu",

@@ -3,7 +3,7 @@
 import json
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,8 +79,11 @@ class LanguageTask(StepTask):
 
     def carried_state(self, batch: int) -> State:
         """What the windows before have left; zeros at first."""
+        if self.trainer.world_size > 1:
+            raise ValueError(f"carry_state keeps its states in one process, got {self.trainer.world_size}; take one")
         if self.state is None:
             self.state = self.model.allocate_inference_cache(batch, self.options.context)
+        self.state = move_data_to_device(self.state, self.device)
         return self.state
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -90,7 +93,7 @@ class LanguageTask(StepTask):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take it back."""
-        self.state = move_data_to_device(checkpoint["carried_state"], self.device)
+        self.state = checkpoint["carried_state"]
 
     def recent_bits(self) -> float:
         """Mean training loss since the last call, in bits per byte."""
@@ -101,11 +104,10 @@ class LanguageTask(StepTask):
 
 def measure(model: LanguageModel, text: Text, held_out: Text, options: LanguageOptions) -> Results:
     """Read all of the held-out text, of the training text as much as the looks in between do, and run gzip."""
-    windows, some = (scored_windows(part, options.context) for part in (held_out, text))
     gzip = gzip_bits_per_byte(held_out)
     return Results(
-        held_out=bits(model, held_out, windows, options),
-        training=bits(model, text, some_windows(some, options.valid_bytes), options),
+        held_out=bits(model, held_out, scored_windows(held_out, options.context), options),
+        training=bits(model, text, some_windows(text, options.context, options.valid_bytes), options),
         gzip_each=gzip.each,
         gzip_together=gzip.together,
         held_out_files=len(held_out.pieces),
@@ -113,7 +115,7 @@ def measure(model: LanguageModel, text: Text, held_out: Text, options: LanguageO
     )
 
 
-def bits(model: LanguageModel, text: Text, windows: Sequence[ScoredWindow], options: LanguageOptions) -> float:
+def bits(model: LanguageModel, text: Text, windows: Iterable[ScoredWindow], options: LanguageOptions) -> float:
     """Bits per byte of a model that is not being trained meanwhile."""
     training = model.training
     model.eval()
@@ -128,7 +130,7 @@ class HeldOutWatch(Callback):
 
     def __init__(self, text: Text, held_out: Text, options: LanguageOptions, say: Callable[[str], None] | None) -> None:
         self.text, self.held_out, self.options, self.say = text, held_out, options, say
-        self.some = some_windows(scored_windows(held_out, options.context), options.valid_bytes)
+        self.some = list(some_windows(held_out, options.context, options.valid_bytes))
         self.results: Results | None = None
         self.trained_bytes, self.trained_seconds, self.since = 0, 0.0, 0.0
 
@@ -247,7 +249,7 @@ def fit(
         say: Told of the held-out text's bits per byte, and of samples, as the training goes on.
     """
     run, hardware = Path(run), hardware or Hardware()
-    check_fits(model, options, hardware)
+    check_fits(model, options)
     description = describe(model, text, held_out, options, source)
     last = prepare_run(run, description, resume=resume, overwrite=overwrite)
     windows = TextWindows(text, options.context, consecutive=options.carry_state)
@@ -267,8 +269,8 @@ def fit(
     return results
 
 
-def check_fits(model: LanguageModel, options: LanguageOptions, hardware: Hardware) -> None:
-    """Refuse a model that does not read bytes, and states that could not be carried or resumed."""
+def check_fits(model: LanguageModel, options: LanguageOptions) -> None:
+    """Refuse a model that does not read bytes, or whose state cannot be carried on and on."""
     config = model.config
     if config.vocab_size != 256:
         raise ValueError(f"a model of bytes has vocab_size 256, got {config.vocab_size}; leave it out of --set")
@@ -277,8 +279,6 @@ def check_fits(model: LanguageModel, options: LanguageOptions, hardware: Hardwar
             "carry_state needs a model without attention, whose memory would grow from window to window; "
             f"got attn_layer_idx {config.attn_layer_idx}"
         )
-    if options.carry_state and hardware.devices not in (1, "1", "auto"):
-        raise ValueError(f"carry_state keeps its states in one process, got devices={hardware.devices}; take one")
 
 
 def load_model(run: str | Path, dtype: torch.dtype | None = None) -> tuple[LanguageModel, dict[str, Any]]:

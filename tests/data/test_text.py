@@ -53,6 +53,11 @@ def test_a_file_that_has_shrunk_is_noticed(tmp_path):
         Text([Piece(path, 0, 4)]).read(0, 3)
 
 
+def test_a_text_without_a_byte_is_refused(tmp_path):
+    with pytest.raises(TextError, match=r"a text needs at least one byte, got none in .*a"):
+        Text.of(*make_files(tmp_path, {"a": b""}))
+
+
 SOURCES = {
     "a file, whatever it holds": (["docs/picture.png"], ["docs/picture.png"]),
     "a folder": (["docs"], ["docs/a.txt", "docs/deep/b.py"]),
@@ -208,11 +213,10 @@ def test_a_model_that_knows_nothing_needs_eight_bits(text):
 
 def test_some_windows_score_about_as_much_as_asked(tmp_path):
     text = Text.of(*make_files(tmp_path, {"a": b"a" * 10_000, "b": b"b" * 3_000}))
-    windows = scored_windows(text, 64)
-    some = some_windows(windows, 1000)
+    windows, some = list(scored_windows(text, 64)), list(some_windows(text, 64, 1000))
     assert set(some) < set(windows)
     assert 700 < sum(window.length - window.skip for window in some) < 1300
-    assert some_windows(windows, 10**9) == windows
+    assert list(some_windows(text, 64, 10**9)) == windows
 
 
 def test_gzip_is_gzip(tmp_path):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from lightning.pytorch.callbacks import Callback
 from ssmkit.data.text import Text, bits_per_byte, gzip_bits_per_byte, scored_windows, split_text
 from ssmkit.models.language import language_model
 from ssmkit.train.checkpoint import LAST, RunError, load_checkpoint
-from ssmkit.train.language import fit, load_model
+from ssmkit.train.language import LanguageTask, fit, load_model
 from ssmkit.train.options import Hardware, LanguageOptions
 from ssmkit.train.report import learning_curve
 
@@ -215,9 +216,14 @@ def test_what_does_not_go_together_is_refused(tmp_path, texts):
     carry = dataclasses.replace(OPTIONS, carry_state=True)
     with pytest.raises(ValueError, match=r"carry_state needs a model without attention, .* attn_layer_idx \(1,\)"):
         train(make(**HYBRID), texts, tmp_path, carry)
-    with pytest.raises(ValueError, match="carry_state keeps its states in one process, got devices=2"):
-        fit(make(**MAMBA1), *texts, tmp_path, carry, hardware=Hardware(accelerator="cpu", devices=2), progress=False)
     assert list(tmp_path.glob("config.json")) == []
+
+
+def test_a_state_is_carried_in_one_process_only(monkeypatch, texts):
+    task = LanguageTask(make(**MAMBA1), None, dataclasses.replace(OPTIONS, carry_state=True), {}, CPU)
+    monkeypatch.setattr(LanguageTask, "trainer", SimpleNamespace(world_size=2))
+    with pytest.raises(ValueError, match="carry_state keeps its states in one process, got 2; take one"):
+        task.training_step(torch.zeros(1, 5, dtype=torch.int64), 0)
 
 
 def test_other_checkpoints_are_refused(tmp_path, texts):
