@@ -158,7 +158,7 @@ class Mamba2(nn.Module):
         Args:
             hidden_states: Input                                        (batch, seqlen, d_model)
             seqlen: Given, hidden_states and the output are flattened    (batch * seqlen, d_model)
-            seq_idx: Number of each token's sequence; every change is a reset, negative numbers are pads. Not read with
+            seq_idx: Number of each token's sequence; a change is a reset, negative numbers are pads. Not read with
                 cu_seqlens, which cuts at the same places.               (batch, seqlen) int
             cu_seqlens: Offsets of sequences packed into one row         (nseq + 1,)  int32 or int64
             inference_params: An object like mamba_ssm's InferenceParams (key_value_memory_dict, seqlen_offset): at offset 0
@@ -392,5 +392,9 @@ def walk_of(
     """Resets where the number of the sequence changes and a mask that hides negative numbers, joined with those given."""
     check_shape("seq_idx", seq_idx, hidden_states.shape[:2], "batch, seqlen")
     check_dtype("seq_idx", seq_idx, (torch.int32, torch.int64))
-    changes, real = F.pad(seq_idx[:, 1:] != seq_idx[:, :-1], (1, 0)), seq_idx >= 0
+    real = seq_idx >= 0
+    # A pad has the number of the real token before it, so that it changes nothing.
+    latest = torch.where(real, torch.arange(seq_idx.shape[1], device=seq_idx.device), 0).cummax(1).values
+    number = seq_idx.gather(1, latest)
+    changes = F.pad((number[:, 1:] != number[:, :-1]) & (number[:, :-1] >= 0), (1, 0))[:, : seq_idx.shape[1]]
     return changes if resets is None else changes | resets, real if mask is None else real & mask

@@ -171,7 +171,7 @@ class Mamba3(nn.Module):
 
         Args:
             hidden_states: Input                                        (batch, seqlen, d_model)
-            seq_idx: Number of each token's sequence; every change is a reset, negative numbers are pads. Not read with
+            seq_idx: Number of each token's sequence; a change is a reset, negative numbers are pads. Not read with
                 cu_seqlens, which cuts at the same places.               (batch, seqlen) int
             cu_seqlens: Offsets of sequences packed into one row         (nseq + 1,)  int32 or int64
             inference_params: An object like mamba_ssm's InferenceParams (key_value_memory_dict, seqlen_offset): at offset 0

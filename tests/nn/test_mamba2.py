@@ -219,10 +219,20 @@ def test_packed_equals_separate_sequences(variant, backend):
 
 @every_backend
 def test_negative_sequence_numbers_are_pads(backend):
+    """Before, between and behind the sequences, and within one; the state from before and that left behind stay."""
     mixer, hidden = layer(backend), tokens(backend)
-    numbers = torch.tensor([0, 0, 0, 0, 1, 1, 1, 1, -1, -1, -1], device=hidden.device).expand(2, 11)
-    expected = torch.cat([mixer(hidden[:, :4]), mixer(hidden[:, 4:8])], dim=1)
-    torch.testing.assert_close(mixer(hidden, seq_idx=numbers)[:, :8], expected)
+    numbers = torch.tensor([-1, 0, -1, 0, -1, 1, 1, 1, -1, -2, -1], device=hidden.device).expand(2, 11)
+    state, same = mixer.allocate_inference_cache(2), mixer.allocate_inference_cache(2)
+    with torch.no_grad():
+        for into in (state, same):
+            mixer(tokens(backend, seqlen=3, seed=3), state=into)
+        y = mixer(hidden, seq_idx=numbers, state=state)
+        first = mixer(hidden[:, [1, 3]], state=same)
+        for part in same:
+            part.zero_()
+        second = mixer(hidden[:, 5:8], state=same)
+    torch.testing.assert_close(y[:, [1, 3, 5, 6, 7]], torch.cat([first, second], dim=1))
+    torch.testing.assert_close(state, same)
 
 
 @every_backend
