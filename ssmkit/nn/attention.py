@@ -228,12 +228,12 @@ class MHA(nn.Module):
     def _remember(self, k: Tensor, v: Tensor, places: Places, state: AttentionState) -> tuple[Tensor, Tensor, Tensor]:
         """Write keys and values into the state; all of them as (rows, keys, heads, head_dim), and which are visible."""
         slots = state.keys.shape[1]
-        if not torch.compiler.is_compiling() and k.device.type == "cpu" and int(places.position.max()) > slots - 2:
-            raise ValueError(
-                f"the state holds {slots - 1} tokens, got {int(places.position.max()) + 1}; "
-                "allocate it with a larger max_seqlen"
-            )
         slot = torch.where(places.real, places.position + 1, 0)
+        # Elsewhere looking would wait for the device, or end the graph; there the write itself refuses.
+        if not torch.compiler.is_compiling() and k.device.type == "cpu" and int(slot.max()) >= slots:
+            raise ValueError(
+                f"the state holds {slots - 1} tokens, got {int(slot.max())}; allocate it with a larger max_seqlen"
+            )
         written = []
         for cache, new in ((state.keys, k), (state.values, v)):
             # A cache that is overwritten later must not be the one that backward reads.

@@ -237,6 +237,7 @@ class LanguageModelConfig:
                 "time_step_init_scheme": self.dt_init,
                 "time_step_scale": self.dt_scale,
             }
+        limits = {"time_step_limit": list(self.dt_limit)} if self.dt_limit != (0.0, math.inf) else {}
         return {
             "architectures": ["Mamba2ForCausalLM"],
             **values,
@@ -244,8 +245,7 @@ class LanguageModelConfig:
             "head_dim": self.headdim,
             "n_groups": self.ngroups,
             "chunk_size": self.chunk_size,
-            # JSON has no infinity; transformers writes it so.
-            "time_step_limit": [to_json(limit) for limit in self.dt_limit],
+            **limits,
         }
 
 
@@ -320,11 +320,6 @@ def from_transformers(values: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
-def to_json(value: float) -> float | dict[str, str]:
-    """A number, infinity as transformers writes it."""
-    return {"__float__": "Infinity"} if value == math.inf else value
-
-
 def from_json(value: float | dict[str, str]) -> float:
-    """The opposite of `to_json`; a plain Infinity is read too."""
+    """A number; transformers writes infinity as {"__float__": "Infinity"}."""
     return float(value["__float__"]) if isinstance(value, dict) else float(value)

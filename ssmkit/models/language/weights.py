@@ -181,7 +181,6 @@ def put(model: LanguageModel, tensors: dict[str, Tensor], *, source: str, device
     model.load_state_dict(placed, strict=True, assign=True)
     model.tie_weights()
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_()
         vars(parameter).update(marks[name])
 
 
