@@ -94,7 +94,7 @@ class TokenizerVocabulary:
         try:
             from tokenizers import Tokenizer
         except ImportError as error:
-            raise ImportError(f"reading {file} needs the package tokenizers: pip install tokenizers") from error
+            raise ImportError(f"reading {file} needs tokenizers: pip install 'ssmkit[language]'") from error
         if not Path(file).is_file():
             raise FileNotFoundError(f"no tokenizer at {file}")
         try:

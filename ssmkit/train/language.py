@@ -186,7 +186,7 @@ class HeldOutWatch(Callback):
             model.eval()
             written = write_on(model, prompt, self.options.sample_bytes, seed=self.options.seed)
             model.train()
-            say("\n".join(f"  | {line}" for line in f"{prompt}▸{written}".splitlines()))
+            say("\n".join(f"  | {line}" for line in printable(f"{prompt}▸{written}").split("\n")))
 
 
 def held_out_prompt(text: Text) -> str:
@@ -203,6 +203,11 @@ def write_on(model: LanguageModel, prompt: str, nbytes: int, *, seed: int) -> st
     generator = torch.Generator(device=device).manual_seed(seed)
     tokens = model.stream(ids, nbytes, temperature=0.8, eos_token_id=SEPARATOR, generator=generator)
     return bytes(int(token) for token in tokens).rstrip(b"\0").decode("utf-8", "replace")
+
+
+def printable(text: str) -> str:
+    """The text with a dot for what would drive a terminal."""
+    return "".join(character if character.isprintable() or character in "\n\t" else "·" for character in text)
 
 
 def describe(model: LanguageModel, text: Text, held_out: Text, options: LanguageOptions, source: str) -> dict[str, Any]:

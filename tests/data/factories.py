@@ -1,6 +1,7 @@
-"""Small episode sets for tests."""
+"""Small data for tests: episode sets, a tokenizer."""
 
 import numpy as np
+import pytest
 
 from ssmkit.data import ActionSpace, Episode, EpisodeSet, Metadata
 
@@ -25,3 +26,20 @@ def episode_set(lengths=(5, 1, 9), *, observation_dim=3, action_dim=2, count=0, 
         )
     metadata = Metadata(env="toy", action_space=space, max_episode_steps=max(lengths), seed=seed)
     return EpisodeSet.from_episodes(episodes, metadata)
+
+
+def save_tokenizer(folder):
+    """A tokenizer.json of 300 tokens or fewer: byte-level BPE as GPT-NeoX has, learnt from a few words."""
+    tokenizers = pytest.importorskip("tokenizers")
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=300,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the line and the plain line", "naïve"], trainer)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder / "tokenizer.json"

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from data.factories import save_tokenizer
 
 from ssmkit.data.vocabulary import ByteVocabulary, TokenizerVocabulary, vocabulary_of
 
@@ -37,20 +38,7 @@ def test_prompts_with_undecodable_bytes_keep_them():
 
 @pytest.fixture
 def tokenizer_file(tmp_path):
-    """A byte-level BPE as GPT-NeoX has, learnt from a few words."""
-    tokenizers = pytest.importorskip("tokenizers")
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=300,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(["the line and the plain line", "naïve"], trainer)
-    tokenizer.save(str(tmp_path / "tokenizer.json"))
-    return tmp_path / "tokenizer.json"
+    return save_tokenizer(tmp_path)
 
 
 @pytest.mark.parametrize("text", TEXTS[:3])

@@ -5,10 +5,12 @@ import shlex
 
 import pytest
 import torch
+from data.factories import save_tokenizer
 
 pytest.importorskip("lightning")
 
 from ssmkit.cli import main
+from ssmkit.data.vocabulary import TokenizerVocabulary
 from ssmkit.models.language import language_model, save
 from ssmkit.train.commands.generate import open_model
 
@@ -110,6 +112,23 @@ def test_mistakes_end_with_a_message(argv, message, trained, capsys, monkeypatch
     assert message in err
     assert "Traceback" not in err
     assert not (trained[0] / "mistake").exists()
+
+
+def test_words_are_written_with_their_tokenizer(capsys, tmp_path):
+    """From the folder of weights or named: the text is that of the tokens, up to the end of text."""
+    torch.manual_seed(1)
+    model = language_model("byte-hybrid", vocab_size=300, d_model=32, n_layer=2, attn_layer_idx=(1,))
+    save(model, tmp_path / "weights")
+    vocabulary = TokenizerVocabulary(save_tokenizer(tmp_path))
+    write = ["generate", tmp_path / "weights", "--prompt", "the line", "--tokens", 12, "--temperature", 0]
+    status, out, _ = run(capsys, *write, "--tokenizer", tmp_path / "tokenizer.json")
+    assert status == 0
+    prompt = vocabulary.encode("the line")
+    ids = model.eval().generate(torch.tensor([prompt]), 12, eos_token_id=0)[0].tolist()
+    expected = vocabulary.tokenizer.decode(ids)
+    assert "the line" + out == expected + "\n"
+    save_tokenizer(tmp_path / "weights")
+    assert run(capsys, *write)[1] == out
 
 
 def test_weights_with_words_need_their_tokenizer(tmp_path):
