@@ -131,6 +131,14 @@ def test_words_are_written_with_their_tokenizer(capsys, tmp_path):
     assert run(capsys, *write)[1] == out
 
 
+def test_the_tokenizer_of_another_model_is_refused(capsys, tmp_path):
+    save(language_model("byte-hybrid", vocab_size=64, d_model=32, n_layer=1, attn_layer_idx=()), tmp_path)
+    save_tokenizer(tmp_path)
+    status, _, err = run(capsys, "generate", tmp_path, "--prompt", "the line")
+    assert status == 2
+    assert "the model has 64; take the model's own tokenizer" in err
+
+
 def test_weights_with_words_need_their_tokenizer(tmp_path):
     save(language_model("byte-hybrid", vocab_size=512, d_model=32, n_layer=1, attn_layer_idx=()), tmp_path)
     with pytest.raises(FileNotFoundError, match=r"has no tokenizer.json, and a model of 512 tokens"):

@@ -56,8 +56,13 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(f"--{name} must be at least 1, got {getattr(arguments, name)}")
     prompt = prompt_of(arguments)
     model, vocabulary = open_model(arguments.source, arguments.tokenizer, getattr(torch, arguments.dtype))
+    tokens = vocabulary.encode(prompt)
+    if max(tokens) >= model.config.vocab_size:
+        raise ValueError(
+            f"the tokenizer gives token {max(tokens)}, the model has {model.config.vocab_size}; take the model's own tokenizer"
+        )
     model.to(arguments.device)
-    ids = torch.tensor([vocabulary.encode(prompt)] * arguments.batch, device=arguments.device)
+    ids = torch.tensor([tokens] * arguments.batch, device=arguments.device)
     began = time.perf_counter()
     written, first = write(model, vocabulary, ids, arguments)
     rest = time.perf_counter() - first
