@@ -147,10 +147,15 @@ class LanguageModelConfig:
         """Rows of the embedding."""
         return math.ceil(self.vocab_size / self.pad_vocab_size_multiple) * self.pad_vocab_size_multiple
 
+    @property
+    def state_size(self) -> int:
+        """States per channel."""
+        return DEFAULT_D_STATE[self.layer] if self.d_state is None else self.d_state
+
     def mixer_options(self) -> dict[str, Any]:
         """Arguments of the mixer beside d_model."""
         chosen = {name: getattr(self, name) for name in MIXER_FIELDS[self.layer]}
-        return chosen | {"d_state": self.d_state or DEFAULT_D_STATE[self.layer]}
+        return chosen | {"d_state": self.state_size}
 
     def attention_options(self) -> dict[str, Any]:
         """Arguments of `MHA` beside embed_dim."""
@@ -215,7 +220,7 @@ class LanguageModelConfig:
             "vocab_size": self.padded_vocab_size,
             "hidden_size": self.d_model,
             "num_hidden_layers": self.n_layer,
-            "state_size": self.d_state or DEFAULT_D_STATE[self.layer],
+            "state_size": self.state_size,
             "expand": self.expand,
             "conv_kernel": self.d_conv,
             "use_bias": self.bias,
@@ -314,9 +319,13 @@ def from_transformers(values: dict[str, Any]) -> dict[str, Any]:
     if layer == "mamba2":
         result["dt_limit"] = tuple(from_json(limit) for limit in values.get("time_step_limit", (0.0, math.inf)))
     result |= {"tie_embeddings": values.get("tie_word_embeddings", True), "pad_vocab_size_multiple": 1, "layer": layer}
-    inner = int(result.get("expand", 2) * result["d_model"])
+    inner, headdim = int(result.get("expand", 2) * result["d_model"]), result.get("headdim", 64)
     if values.get("intermediate_size", inner) != inner:
         raise ValueError(f"intermediate_size must be expand * hidden_size = {inner}, got {values['intermediate_size']}")
+    if layer == "mamba2" and values.get("num_heads", inner // headdim) * headdim != inner:
+        raise ValueError(
+            f"num_heads * head_dim must be expand * hidden_size = {inner}, got num_heads {values['num_heads']}"
+        )
     return result
 
 

@@ -174,6 +174,23 @@ def test_bf16_model_keeps_rates_in_fp32():
     assert model.generate(prompts(), 2).shape == (2, 13)
 
 
+@every_config
+def test_autocast(options):
+    """Products in bf16, states and residual stream in fp32."""
+    model, ids = make(options, torch.float32), prompts()
+    expected = model(ids)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = model(ids)
+        state = model.allocate_inference_cache(2, 12)
+        pieces = torch.cat([model(ids[:, :6], state=state), model(ids[:, 6:], state=state)], dim=1)
+        assert model.step(ids[:, 0], state).dtype == torch.bfloat16
+    logits.float().square().mean().backward()
+    assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
+    # Three blocks in a row round their inputs, weights and outputs.
+    for actual in (logits, pieces):
+        assert (actual - expected).abs().max() <= 8 * torch.finfo(torch.bfloat16).eps * expected.abs().max()
+
+
 ERRORS = {
     "layer": ({"layer": "mamba4"}, "layer must be one of mamba1, mamba2, mamba3, got 'mamba4'"),
     "size": ({"n_layer": 0}, "n_layer must be at least 1, got 0"),

@@ -71,8 +71,7 @@ def test_transformers_reads_ours_and_we_read_theirs(options, tmp_path):
     theirs.save_pretrained(tmp_path / "theirs")
     loaded = load(tmp_path / "theirs")
     padded = replace(model.config, vocab_size=model.config.padded_vocab_size, pad_vocab_size_multiple=1)
-    d_state = model.config.mixer_options()["d_state"]
-    same = {"dt_rank": loaded.config.dt_rank, "d_state": d_state}
+    same = {"dt_rank": loaded.config.dt_rank, "d_state": model.config.state_size}
     assert loaded.config == replace(padded, **same)
     assert equal(loaded, model)
     with torch.no_grad():
@@ -113,6 +112,17 @@ def test_official_files(tmp_path):
     assert low.config.backend == "reference"
     assert {name.rsplit(".", 1)[1] for name, p in low.named_parameters() if p.dtype == torch.float32} == {"A_log", "D"}
     assert torch.equal(low.lm_head.weight, model.lm_head.weight.bfloat16())
+
+
+def test_a_loaded_model_is_trained_and_saved_in_its_place(tmp_path):
+    save(make(CONFIGS["mamba1"]), tmp_path)
+    model = load(tmp_path)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    assert not equal(load(tmp_path), model)
+    save(model, tmp_path)
+    assert equal(load(tmp_path), model)
 
 
 def test_official_config():
@@ -210,6 +220,14 @@ SPOILT = {
     "another activation": (
         edited(model_type="mamba", hidden_size=16, hidden_act="gelu"),
         "hidden_act must be 'silu', got 'gelu'",
+    ),
+    "another width": (
+        edited(model_type="mamba", hidden_size=16, intermediate_size=48),
+        r"intermediate_size must be expand \* hidden_size = 32, got 48",
+    ),
+    "other heads": (
+        edited(model_type="mamba2", hidden_size=16, num_heads=3, head_dim=8),
+        r"num_heads \* head_dim must be expand \* hidden_size = 32, got num_heads 3",
     ),
     "not JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json: Expecting"),
 }
