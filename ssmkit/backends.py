@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 import torch
@@ -67,7 +68,14 @@ def _unusable(name: str, module: str) -> str | None:
         found = importlib.util.find_spec(module)
     except ModuleNotFoundError:
         found = None
+    if found and "." not in module and _is_ours(found):
+        return f"{missing}; `ssmkit.interop` answers to its name"
     return None if found else missing
+
+
+def _is_ours(spec: ModuleSpec) -> bool:
+    """Whether a package that was found is one of `ssmkit.interop` under another name, before or after its import."""
+    return any(name.startswith("ssmkit.") for name in (spec.name, type(spec.loader).__module__))
 
 
 def runs_on(row: Backend, device: str) -> bool:

@@ -15,6 +15,7 @@ LEVELS = [
     {"cli"},
     {"train", "doctor", "demo"},
     {"data"},
+    {"interop"},
     {"models"},
     {"nn"},
     {"ops", "testing"},
