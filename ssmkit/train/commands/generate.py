@@ -59,7 +59,7 @@ def run(arguments: argparse.Namespace) -> int:
     tokens = vocabulary.encode(prompt)
     if max(tokens) >= model.config.vocab_size:
         raise ValueError(
-            f"the tokenizer gives token {max(tokens)}, the model has {model.config.vocab_size}; take the model's own tokenizer"
+            f"the tokenizer gives token {max(tokens)}, the model has {model.config.vocab_size}; take the model's own"
         )
     model.to(arguments.device)
     ids = torch.tensor([tokens] * arguments.batch, device=arguments.device)
