@@ -50,7 +50,7 @@ class Results:
     def __str__(self) -> str:
         return (
             f"held out: {self.held_out:.3f} bits per byte over {self.held_out_bytes:,} bytes of {self.held_out_files} files"
-            f" (training text: {self.training:.3f})\n"
+            f" (a part of the training text: {self.training:.3f})\n"
             f"gzip -9 of the same: {self.gzip_each:.3f} file by file, {self.gzip_together:.3f} as one; "
             f"the model needs {self.held_out / self.gzip_each:.2f} and {self.held_out / self.gzip_together:.2f} times that"
         )
