@@ -1,12 +1,8 @@
 """selective_scan: bound by arithmetic on a CPU, one exponential and three multiply-adds per state and token."""
 
 import importlib
-import importlib.util
-import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import cache
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from ssmkit.ops.selective_scan import ScanOutput, selective_scan
 from ssmkit.testing import selective_scan_inputs
 
-from . import Absent, Bench, Prepared, Rival, compiled_anew, ggml, register
+from . import Absent, Bench, Prepared, Rival, compiled_anew, ggml, official, register
 
 VLLM_SCAN = "vllm.model_executor.layers.mamba.ops.selective_scan_triton"
 CHUNK = 256  # tokens of the reference between two checkpoints
@@ -73,30 +69,13 @@ Import = Callable[[], Adapter]
 
 
 def mamba_ssm_reference() -> Adapter:
-    reference = mamba_ssm_interface().selective_scan_ref
+    reference = official.mamba_ssm("ops.selective_scan_interface").selective_scan_ref
 
     def call(s: Scan) -> Tensor:
         x, dt, B, C = s.channels_first()
         return reference(x, dt, s.A, B, C, s.D, None, s.dt_bias, s.dt_softplus).transpose(1, 2)
 
     return call
-
-
-@cache
-def mamba_ssm_interface() -> ModuleType:
-    """mamba_ssm's file with the reference, importable on a machine without the CUDA extension that it also imports.
-
-    The package's own __init__, which imports every model, is passed over; an empty module stands for the extension.
-    """
-    package = importlib.util.find_spec("mamba_ssm")
-    if package is None or not package.submodule_search_locations:
-        raise Absent("pip install --no-deps mamba-ssm (MAMBA_FORCE_BUILD=TRUE MAMBA_SKIP_CUDA_BUILD=TRUE without CUDA)")
-    bare = ModuleType("mamba_ssm")
-    bare.__path__ = list(package.submodule_search_locations)
-    sys.modules.setdefault("mamba_ssm", bare)
-    if importlib.util.find_spec("selective_scan_cuda") is None:
-        sys.modules["selective_scan_cuda"] = ModuleType("selective_scan_cuda")
-    return importlib.import_module("mamba_ssm.ops.selective_scan_interface")
 
 
 def mambapy_pscan() -> Adapter:

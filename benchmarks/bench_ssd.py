@@ -4,19 +4,18 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, repeat
+from einops import repeat
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ssmkit.ops.ssd import AUTO_CHUNK, ssd, ssd_quadratic
 from ssmkit.testing import ssd_inputs
 
-from . import Absent, Bench, Prepared, Rival, ggml, register
+from . import Absent, Bench, Prepared, Rival, compiled_anew, ggml, official, register
 
 
 def carried_reference(
@@ -66,63 +65,115 @@ class Duality(NamedTuple):
 
 
 Adapter = Callable[[Duality], Tensor]
+# Each rival below imports what it needs when called, and returns its adapter.
+Import = Callable[[], Adapter]
 
 
-def segsum(a: Tensor) -> Tensor:
-    """(..., l) -> (..., l, l): entry t, s is a_{s+1} + ... + a_t, -inf for s > t; summed after masking."""
-    size = a.shape[-1]
-    rows = repeat(a, "... t -> ... t s", s=size)
-    ones = torch.ones(size, size, dtype=torch.bool, device=a.device)
-    total = rows.masked_fill(~ones.tril(-1), 0).cumsum(-2)
-    return total.masked_fill(~ones.tril(), -math.inf)
+def official_listing(chunk: int) -> Import:
+    """The paper's listing as its authors publish it; the last chunk padded with dt = 0."""
+
+    def load() -> Adapter:
+        listing = official.mamba_ssm("modules.ssd_minimal").ssd_minimal_discrete
+
+        def call(s: Duality) -> Tensor:
+            dt, seqlen, (B, C) = s.steps(), s.x.shape[1], s.per_head()
+            whole = [(s.x * dt[..., None]).to(s.x.dtype), (dt * s.A).to(s.x.dtype), B, C]
+            padded = [F.pad(t, (0, 0) * (t.ndim - 2) + (0, -seqlen % chunk)) for t in whole]
+            return listing(*padded, chunk)[0][:, :seqlen] + s.skip()
+
+        return call
+
+    return load
 
 
-def minimal_listing(call: Duality, chunk: int) -> Tensor:
-    """The four steps of the paper's listing in torch, written here; the last chunk padded with dt = 0."""
-    dt, seqlen = call.steps(), call.x.shape[1]
-    B, C = call.per_head()
-    pad = -seqlen % chunk
-    u, a = (F.pad(t, (0, 0) * (t.ndim - 2) + (0, pad)) for t in (call.x * dt[..., None], dt * call.A))
-    B, C = (F.pad(t, (0, 0, 0, 0, 0, pad)) for t in (B, C))
-    u, B, C = (rearrange(t, "b (m q) h d -> b m q h d", q=chunk) for t in (u, B, C))
-    a = rearrange(a, "b (m q) h -> b h m q", q=chunk)
-    total = a.cumsum(-1)
-    y = torch.einsum("bmthn,bmshn,bhmts,bmshp->bmthp", C, B, segsum(a).exp(), u)
-    states = torch.einsum("bmshn,bhms,bmshp->bmhpn", B, (total[..., -1:] - total).exp(), u)
-    passing = segsum(F.pad(total[..., -1], (1, 0))).exp()
-    states = torch.einsum("bhzm,bmhpn->bzhpn", passing, F.pad(states, (0, 0) * 3 + (1, 0)))[:, :-1]
-    y = y + torch.einsum("bmthn,bmhpn,bhmt->bmthp", C, states, total.exp())
-    return rearrange(y, "b m q h p -> b (m q) h p")[:, :seqlen] + call.skip()
+def official_reference(chunk: int) -> Import:
+    def load() -> Adapter:
+        reference = official.mamba_ssm("ops.triton.ssd_combined").ssd_chunk_scan_combined_ref
+        return lambda s: reference(s.x, s.dt, s.A, s.B, s.C, chunk, s.D, None, s.dt_bias, s.dt_softplus)
+
+    return load
 
 
-def transformers_scan(call: Duality, chunk: int) -> Tensor:
-    from transformers.models.mamba2.modeling_mamba2 import mamba2_chunk_scan
+def transformers_scan(chunk: int) -> Import:
+    """The torch path of transformers' Mamba2Mixer."""
 
-    return mamba2_chunk_scan(
-        call.x, call.dt, call.A, call.B, call.C, chunk, D=call.D, dt_bias=call.dt_bias, dt_softplus=call.dt_softplus
-    )
+    def load() -> Adapter:
+        scan = importlib.import_module("transformers.models.mamba2.modeling_mamba2").mamba2_chunk_scan
+        return lambda s: scan(
+            s.x, s.dt, s.A, s.B, s.C, chunk, D=s.D, dt_bias=s.dt_bias, dt_softplus=s.dt_softplus
+        )  # fmt: skip
 
-
-def fla_naive_chunk(call: Duality, chunk: int) -> Tensor:
-    from fla.ops.simple_gla.naive import naive_chunk_simple_gla
-
-    dt, (B, C) = call.steps(), call.per_head()
-    y, _ = naive_chunk_simple_gla(C, B, call.x * dt[..., None], dt * call.A, chunk_size=chunk, scale=1.0)
-    return y + call.skip()
+    return load
 
 
-def fla_triton(call: Duality) -> Tensor:
-    from fla.ops.simple_gla import chunk_simple_gla
+def fla_naive_chunk(chunk: int) -> Import:
+    def load() -> Adapter:
+        naive = importlib.import_module("fla.ops.simple_gla.naive").naive_chunk_simple_gla
 
-    dt, (B, C) = call.steps(), call.per_head()
-    y, _ = chunk_simple_gla(C, B, (call.x * dt[..., None]).to(call.x.dtype), dt * call.A, scale=1.0)
-    return y + call.skip()
+        def call(s: Duality) -> Tensor:
+            dt, (B, C) = s.steps(), s.per_head()
+            return naive(C, B, s.x * dt[..., None], dt * s.A, chunk_size=chunk, scale=1.0)[0] + s.skip()
+
+        return call
+
+    return load
 
 
-def mamba_ssm_triton(call: Duality) -> Tensor:
+def attention() -> Adapter:
+    """torch's causal attention with C, B and x as queries, keys and values."""
+
+    def call(s: Duality) -> Tensor:
+        B, C = s.per_head()
+        queries, keys, values = (t.transpose(1, 2) for t in (C, B, s.x))
+        return F.scaled_dot_product_attention(queries, keys, values, is_causal=True).transpose(1, 2)
+
+    return call
+
+
+def fla_triton() -> Adapter:
+    chunk_simple_gla = importlib.import_module("fla.ops.simple_gla").chunk_simple_gla
+
+    def call(s: Duality) -> Tensor:
+        dt, (B, C) = s.steps(), s.per_head()
+        return chunk_simple_gla(C, B, (s.x * dt[..., None]).to(s.x.dtype), dt * s.A, scale=1.0)[0] + s.skip()
+
+    return call
+
+
+def mamba_ssm_triton() -> Adapter:
     scan = importlib.import_module("mamba_ssm.ops.triton.ssd_combined").mamba_chunk_scan_combined
-    x, dt, A, B, C, D, dt_bias, dt_softplus = call
-    return scan(x, dt, A, B, C, 256, D=D, dt_bias=dt_bias, dt_softplus=dt_softplus)
+    return lambda s: scan(s.x, s.dt, s.A, s.B, s.C, 256, D=s.D, dt_bias=s.dt_bias, dt_softplus=s.dt_softplus)
+
+
+def vllm_triton(chunk: int) -> Import:
+    """vLLM's kernels for packed sequences: one sequence after another in a row, chunks listed by their offsets."""
+
+    def load() -> Adapter:
+        name = "vllm.model_executor.layers.mamba.ops.ssd_combined"
+        scan = importlib.import_module(name).mamba_chunk_scan_combined_varlen
+
+        def call(s: Duality) -> Tensor:
+            batch, seqlen = s.x.shape[:2]
+            begins = [row * seqlen + at for row in range(batch) for at in range(0, seqlen, chunk)]
+            each = -(-seqlen // chunk)
+
+            def table(values: list[int]) -> Tensor:
+                return torch.tensor(values, dtype=torch.int32, device=s.x.device)
+
+            out = torch.empty_like(s.x)
+            scan(
+                s.x.flatten(0, 1), s.dt.flatten(0, 1), s.A, s.B.flatten(0, 1), s.C.flatten(0, 1), chunk,
+                cu_seqlens=table([row * seqlen for row in range(batch + 1)]),
+                cu_chunk_seqlens=table([*begins, batch * seqlen]),
+                last_chunk_indices=table([(row + 1) * each - 1 for row in range(batch)]),
+                seq_idx=table([index // each for index in range(len(begins))]),
+                out=out.flatten(0, 1), D=s.D, dt_bias=s.dt_bias, dt_softplus=s.dt_softplus,
+            )  # fmt: skip
+            return out
+
+        return call
+
+    return load
 
 
 def ggml_scan(inputs: dict[str, Any]) -> Prepared:
@@ -158,8 +209,22 @@ def ggml_scan(inputs: dict[str, Any]) -> Prepared:
     return replace(Prepared(run, note=ggml.version(), held=context.nbytes), finish=with_skip)
 
 
-def eager(adapter: Adapter, **options: Any) -> Rival:
-    return Rival(call=lambda **inputs: adapter(Duality(**inputs)), **options)
+def eager(load: Import, **options: Any) -> Rival:
+    def prepare(inputs: dict[str, Any]) -> Prepared:
+        call = load()
+        return Prepared(lambda: call(Duality(**inputs)))
+
+    return Rival(prepare=prepare, **options)
+
+
+def compiled(load: Import, **options: Any) -> Rival:
+    """Through torch.compile, each shape and mode compiled anew."""
+
+    def prepare(inputs: dict[str, Any]) -> Prepared:
+        call = compiled_anew(load())
+        return Prepared(lambda: call(Duality(**inputs)))
+
+    return Rival(prepare=prepare, **options)
 
 
 def products(batch: int, seqlen: int, nheads: int, headdim: int, dstate: int, mode: str) -> float:
@@ -199,18 +264,26 @@ register(
             "224x224 image, 12 heads of 32": {"batch": 4, "seqlen": 197, "nheads": 12, "headdim": 32, "dstate": 64},
         },
         fixed={"optional": ("D", "dt_bias"), "requires_grad": False},
+        parameters=("A", "D", "dt_bias"),
         bytes_moved=bytes_moved,
         exps=exponentials,
         fmas=products,
         reference=carried_reference,
         rivals={
-            "paper's listing, chunk 64": eager(partial(minimal_listing, chunk=64)),
-            "transformers, chunk 64": eager(partial(transformers_scan, chunk=64)),
-            "transformers, chunk 256 (its default)": eager(partial(transformers_scan, chunk=256)),
-            "fla naive_chunk_simple_gla, chunk 64": eager(partial(fla_naive_chunk, chunk=64)),
+            "official ssd_minimal, chunk 64": eager(official_listing(64)),
+            "official ssd_minimal, chunk 64 (compiled)": compiled(official_listing(64)),
+            "official combined reference, chunk 64": eager(
+                official_reference(64), declines=lambda seqlen: "takes whole chunks only" if seqlen % 64 else None
+            ),
+            "transformers, chunk 64": eager(transformers_scan(64)),
+            "transformers, chunk 64 (compiled)": compiled(transformers_scan(64)),
+            "transformers, chunk 256 (its default)": eager(transformers_scan(256)),
+            "fla naive_chunk_simple_gla, chunk 64": eager(fla_naive_chunk(64)),
             "ggml ssm_scan": Rival(prepare=ggml_scan, modes=("fwd",), note="bias and D outside the timing"),
+            "causal attention of the same width": eager(attention, contrast=True, note="for contrast: another map"),
             "mamba_ssm Triton": eager(mamba_ssm_triton, device="cuda"),
             "fla chunk_simple_gla": eager(fla_triton, device="cuda"),
+            "vLLM Triton": eager(vllm_triton(256), device="cuda", modes=("fwd",), note="its tables in the timing"),
         },
     )
 )

@@ -73,6 +73,7 @@ class Rival:
         device: The device type it is for.
         declines: Given the sizes, mode and dtype (those it names), why it is not run there, or None.
         note: What a reader should know of the way it is called.
+        contrast: It computes something else of the same size: timed, not compared with the reference.
     """
 
     call: Callable[..., Any] | None = None
@@ -81,6 +82,7 @@ class Rival:
     device: str = "cpu"
     declines: Callable[..., str | None] | None = None
     note: str = ""
+    contrast: bool = False
 
     def __post_init__(self) -> None:
         if (self.call is None) == (self.prepare is None):
