@@ -35,6 +35,9 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mf16c"),
         "-mprefer-vector-width=512",
     ]
+    CAPABILITIES["avx512_bf16"] = [*CAPABILITIES["avx512"], "-mavx512bf16", "-DSSMKIT_BF16"]
+# what has products in bfloat16, a variant of their own; all else runs as avx512
+BF16_SOURCES = ("ssd.cpp", "ssd_backward.cpp")
 
 NO_COMPILER = (
     "ssmkit: no C++17 compiler with GCC's options was found (tried {tried}). Install g++ or clang++, or name one in CXX; "
@@ -138,6 +141,8 @@ def ninja_file(target: Path) -> str:
         compile_into("once", source, [])
     for name, flags in capabilities.items():
         for source in sorted(CSRC.glob("cpu/*.cpp")):
+            if name == "avx512_bf16" and source.name not in BF16_SOURCES:
+                continue
             compile_into(name, source, [*flags, f"-DSSMKIT_CAPABILITY={name}"])
     lines.append(f"build {escape(target)}: link {' '.join(map(escape, objects))}")
     return "\n".join(lines) + "\n"

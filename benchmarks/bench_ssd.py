@@ -270,15 +270,15 @@ register(
         fmas=products,
         reference=carried_reference,
         rivals={
-            "official ssd_minimal, chunk 64": eager(official_listing(64)),
-            "official ssd_minimal, chunk 64 (compiled)": compiled(official_listing(64)),
-            "official combined reference, chunk 64": eager(
+            "official ssd_minimal": eager(official_listing(64)),
+            "official ssd_minimal (compiled)": compiled(official_listing(64)),
+            "official combined reference": eager(
                 official_reference(64), declines=lambda seqlen: "takes whole chunks only" if seqlen % 64 else None
             ),
-            "transformers, chunk 64": eager(transformers_scan(64)),
-            "transformers, chunk 64 (compiled)": compiled(transformers_scan(64)),
-            "transformers, chunk 256 (its default)": eager(transformers_scan(256)),
-            "fla naive_chunk_simple_gla, chunk 64": eager(fla_naive_chunk(64)),
+            "transformers in chunks of 64": eager(transformers_scan(64)),
+            "transformers in chunks of 64 (compiled)": compiled(transformers_scan(64)),
+            "transformers": eager(transformers_scan(256), note="chunks of 256, its default"),
+            "fla naive_chunk_simple_gla": eager(fla_naive_chunk(64)),
             "ggml ssm_scan": Rival(prepare=ggml_scan, modes=("fwd",), note="bias and D outside the timing"),
             "causal attention of the same width": eager(attention, contrast=True, note="for contrast: another map"),
             "mamba_ssm Triton": eager(mamba_ssm_triton, device="cuda"),

@@ -60,8 +60,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="auto", help="of our op, as in its argument of that name")
     parser.add_argument(
         "--capability", type=several, default=("auto",), metavar="NAME,...",
-        help="SIMD level of the compiled library: auto, avx512, avx2, baseline; the first is compared with the rivals, "
-        "the others with the first",
+        help="SIMD level of the compiled library: auto, avx512_bf16, avx512, avx2, baseline; the first is compared with "
+        "the rivals, the others with the first",
     )  # fmt: skip
     parser.add_argument(
         "--allocator", default="no mmap", choices=list(ALLOCATORS),

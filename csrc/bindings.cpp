@@ -14,7 +14,8 @@ PYBIND11_MODULE(_native, m) {
   m.def("cpu_capability", [] { return ssmkit::name_of(ssmkit::cpu_capability()); });
   m.def("cpu_capabilities", [] {
     py::list names;
-    for (auto capability : {ssmkit::Capability::avx512, ssmkit::Capability::avx2, ssmkit::Capability::baseline})
+    using ssmkit::Capability;
+    for (auto capability : {Capability::avx512_bf16, Capability::avx512, Capability::avx2, Capability::baseline})
       if (ssmkit::usable(capability)) names.append(ssmkit::name_of(capability));
     return names;
   });

@@ -5,10 +5,14 @@
 namespace ssmkit {
 namespace {
 
-constexpr Capability kAll[] = {Capability::avx512, Capability::avx2, Capability::baseline};
+constexpr Capability kAll[] = {Capability::avx512_bf16, Capability::avx512, Capability::avx2,
+                               Capability::baseline};
 
 bool built(Capability capability) {
   switch (capability) {
+#ifdef SSMKIT_BUILT_AVX512_BF16
+    case Capability::avx512_bf16: return true;
+#endif
 #ifdef SSMKIT_BUILT_AVX512
     case Capability::avx512: return true;
 #endif
@@ -27,9 +31,10 @@ bool offered(Capability capability) {
   const bool avx2 =
       __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (capability == Capability::avx2) return avx2;
-  if (capability == Capability::avx512)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+  if (capability == Capability::avx512) return avx512;
+  if (capability == Capability::avx512_bf16) return avx512 && __builtin_cpu_supports("avx512bf16");
 #endif
   return capability == Capability::baseline;
 }
@@ -53,6 +58,7 @@ Capability cpu_capability() { return current(); }
 
 const char* name_of(Capability capability) {
   switch (capability) {
+    case Capability::avx512_bf16: return "avx512_bf16";
     case Capability::avx512: return "avx512";
     case Capability::avx2: return "avx2";
     default: return "baseline";

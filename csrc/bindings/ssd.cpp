@@ -45,7 +45,7 @@ void forward(const Sizes<6>& modes, const std::array<double, 2>& dt_limit, const
   const auto [addend, y, final_state, checkpoints, ungated] = outputs;
   p.addend = pointer<void>(addend), p.y = pointer<void>(y), p.final_state = pointer<void>(final_state);
   p.checkpoints = pointer<void>(checkpoints), p.ungated = pointer<void>(ungated);
-  SSMKIT_CPU(ssd_forward)(p);
+  SSMKIT_CPU_BF16(ssd_forward)(p);
 }
 
 void backward(const Sizes<6>& modes, const std::array<double, 2>& dt_limit, const Sizes<7>& sizes,
@@ -62,7 +62,7 @@ void backward(const Sizes<6>& modes, const std::array<double, 2>& dt_limit, cons
   p.dx = pointer<void>(dx), p.ddt = pointer<void>(ddt), p.dz = pointer<void>(dz);
   p.dA = pointer<void>(dA), p.dB = pointer<void>(dB), p.dC = pointer<void>(dC);
   p.dD = pointer<void>(dD), p.ddt_bias = pointer<void>(ddt_bias), p.dinitial_state = pointer<void>(dinitial_state);
-  SSMKIT_CPU(ssd_backward)(p);
+  SSMKIT_CPU_BF16(ssd_backward)(p);
 }
 
 const ssmkit::Registration kSsd([](py::module_& m) {

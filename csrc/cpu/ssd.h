@@ -56,5 +56,5 @@ struct SsdBackward : SsdParams {
 
 }  // namespace ssmkit
 
-SSMKIT_CPU_ENTRY(void, ssd_forward, (const SsdForward&))
-SSMKIT_CPU_ENTRY(void, ssd_backward, (const SsdBackward&))
+SSMKIT_CPU_BF16_ENTRY(void, ssd_forward, (const SsdForward&))
+SSMKIT_CPU_BF16_ENTRY(void, ssd_backward, (const SsdBackward&))

@@ -126,12 +126,14 @@ struct SsdChunk {
   // is not later, or a restart lies between. A difference within the chunk, taken part by part: no digits are lost.
   template <bool kFrom>
   SSMKIT_INLINE V decay(int fixed, int lane) const {
-    const V sign(kFrom ? T(1) : T(-1));
-    const V exponent = (V(high[fixed]) - load(high + lane)) + (V(low[fixed]) - load(low + lane));
-    // the number of each lane's token, without a table: lanes count up from `lane`
-    const V number = count_up() + V(static_cast<T>(lane)), here(static_cast<T>(fixed));
-    const V later = kFrom ? here - number : number - here;
-    V result = exp2(select_greater(V(T(0)), later, V(T(-2e4)), sign * exponent));
+    const V forward = (V(high[fixed]) - load(high + lane)) + (V(low[fixed]) - load(low + lane));
+    V exponent = kFrom ? forward : -forward;
+    if (kFrom ? lane + lanes > fixed + 1 : lane < fixed) {
+      // the number of each lane's token, without a table: lanes count up from `lane`
+      const V number = count_up() + V(static_cast<T>(lane)), here(static_cast<T>(fixed));
+      exponent = select_greater(V(T(0)), kFrom ? here - number : number - here, V(T(-2e4)), exponent);
+    }
+    V result = exp2(exponent);
     if (restarts) result = keep_equal(load(part + lane), V(part[fixed]), result);
     return result;
   }
@@ -192,30 +194,16 @@ void write_state(T* out, const T* in, const SsdSizes<T>& size) {
     for (int n = 0; n < size.n; ++n) out[c * std::int64_t{size.n} + n] = in[n * std::int64_t{size.p_step} + c];
 }
 
-// Heads whose states, about this many bytes, stay in a core's second-level cache while a chunk is worked on.
-constexpr std::int64_t kStateBytes = 512 << 10;
-
-// run(sequence, group, head, heads, thread, first run of its group on this thread) over all heads of all sequences:
-// each thread takes consecutive ones, in runs that share a group and whose states fit a cache.
-template <typename T, typename Run>
-inline void for_runs(const SsdParams& p, std::int64_t heads_at_once, const Run& run) {
-  const std::int64_t per_group = p.nheads / p.ngroups;
-  parallel_for(p.nseq * p.nheads, p.threads, [&](std::int64_t begin, std::int64_t end, int thread) {
-    for (std::int64_t unit = begin; unit < end;) {
-      const std::int64_t head = unit % p.nheads, group = head / per_group, rest = (group + 1) * per_group - head;
-      std::int64_t heads = end - unit < rest ? end - unit : rest;
-      if (heads > heads_at_once) heads = heads_at_once;
-      run(unit / p.nheads, static_cast<int>(group), head, static_cast<int>(heads), thread,
-          unit == begin || head % per_group == 0);
-      unit += heads;
-    }
-  });
-}
-
+// state, what a chunk adds, becomes the state before it, and `carried` the one after it.
 template <typename T>
-inline std::int64_t heads_at_once(const SsdSizes<T>& size) {
-  const std::int64_t heads = kStateBytes / (std::int64_t{size.n} * size.p_step * static_cast<int>(sizeof(T)));
-  return heads > 1 ? heads : 1;
+void pass_on(T* carried, T* state, T decay, const SsdSizes<T>& size) {
+  for (std::int64_t n = 0; n < size.n; ++n)
+    for (std::int64_t c = 0; c < size.p; c += Vec<T>::size) {
+      const std::int64_t i = n * size.p_step + c;
+      const Vec<T> before = load(carried + i), added = load(state + i);
+      store(state + i, before);
+      store(carried + i, fma(Vec<T>(decay), before, added));
+    }
 }
 
 }  // namespace

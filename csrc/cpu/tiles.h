@@ -7,11 +7,14 @@
 //     ...                                                         // then whatever uses it, before it leaves registers
 //   });
 //
-// B and the result have rows that are padded to whole vectors: `padded` gives such a row length.
+// B and the result have rows that are padded to whole vectors: `padded` gives such a row length. A and B come in units
+// (pairs.h), and `k` counts units.
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
+#include "cpu/pairs.h"
 #include "cpu/simd.h"
 
 namespace ssmkit::SSMKIT_CAPABILITY {
@@ -63,11 +66,13 @@ struct Tile {
   }
 
   // += A B over `count` terms; element (row r, term k) of A at a[k * a_step + r], row k of B at b + k * b_step
-  SSMKIT_INLINE void add_columns(int count, const T* a, std::int64_t a_step, const T* b, std::int64_t b_step) {
+  template <typename U>
+  SSMKIT_INLINE void add_columns(int count, const U* a, std::int64_t a_step, const U* b, std::int64_t b_step) {
     for (int k = 0; k < count; ++k, a += a_step, b += b_step) add_term(a, 1, b);
   }
   // the same with element (r, k) of A at a[r * a_row + k]
-  SSMKIT_INLINE void add_rows(int count, const T* a, std::int64_t a_row, const T* b, std::int64_t b_step) {
+  template <typename U>
+  SSMKIT_INLINE void add_rows(int count, const U* a, std::int64_t a_row, const U* b, std::int64_t b_step) {
     for (int k = 0; k < count; ++k, ++a, b += b_step) add_term(a, a_row, b);
   }
 
@@ -81,15 +86,16 @@ struct Tile {
   }
 
  private:
-  SSMKIT_INLINE void add_term(const T* a, std::int64_t a_row, const T* b) {
-    Vec<T> b_vec[V];
+  template <typename U>
+  SSMKIT_INLINE void add_term(const U* a, std::int64_t a_row, const U* b) {
+    Operand<U> b_vec[V];
 #pragma GCC unroll 2
-    for (int i = 0; i < V; ++i) b_vec[i] = load(b + i * lanes);
+    for (int i = 0; i < V; ++i) b_vec[i] = Operand<U>::each(b + i * lanes);
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
-      const Vec<T> a_vec(a[r * a_row]);
+      const Operand<U> a_vec = Operand<U>::all(a + r * a_row);
 #pragma GCC unroll 2
-      for (int i = 0; i < V; ++i) v[r][i] = fma(a_vec, b_vec[i], v[r][i]);
+      for (int i = 0; i < V; ++i) v[r][i] = multiply_add(a_vec, b_vec[i], v[r][i]);
     }
   }
 };
@@ -149,6 +155,13 @@ inline void transpose(T* out, int out_step, const T* in, int in_step, int rows, 
     }
 }
 
+template <typename U>
+SSMKIT_INLINE void transpose_units(U* out, int out_step, const U* in, std::int64_t in_step, int rows, int cols) {
+  // a pair has the size of a number, and no arithmetic touches it
+  using T = std::conditional_t<std::is_same_v<U, Pair>, float, U>;
+  transpose<T>(reinterpret_cast<T*>(out), out_step, reinterpret_cast<const T*>(in), static_cast<int>(in_step), rows, cols);
+}
+
 // One row of `count` elements in the type of sums, the rest of the last vector 0.
 template <typename S>
 SSMKIT_INLINE void widen_row(acc_t<S>* out, const S* in, int count) {
@@ -173,6 +186,16 @@ SSMKIT_INLINE void store_upto(T* p, Vec<acc_t<T>> v, int count) {
   else
     store(p, v, count);
 }
+#if defined(SSMKIT_BF16)
+template <>
+SSMKIT_INLINE void store_upto(bfloat16* p, Vec<float> v, int count) {
+  const __m256i rounded = reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(v.v));
+  if (count >= Vec<float>::size)
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded);
+  else
+    _mm256_mask_storeu_epi16(p, static_cast<__mmask16>((1u << count) - 1u), rounded);
+}
+#endif
 
 }  // namespace
 }  // namespace ssmkit::SSMKIT_CAPABILITY

@@ -6,6 +6,7 @@ import pytest
 import torch
 from golden_cases import load, names
 
+from ssmkit import native
 from ssmkit.ops.ssd import BACKENDS, chunk_for, ssd, ssd_bwd, ssd_fwd, ssd_quadratic, ssd_ref
 from ssmkit.testing import CANCELLATION, assert_close, available, device_of, run, ssd_inputs, to_double
 
@@ -33,6 +34,13 @@ def cotangents(inputs, *, nseq=None, bidirectional=False, seed=1):
     return {"y": dy, "final_state": torch.randn((2,) * bidirectional + state, generator=generator)}
 
 
+def products_in(dtype, backend):
+    """Whether a backend's matrix products take their operands in this half precision: tl.dot does, and AVX-512's in bf16."""
+    if backend == "triton":
+        return dtype.itemsize == 2
+    return backend == "cpu" and dtype == torch.bfloat16 and native.library().cpu_capability() == "avx512_bf16"
+
+
 def check(name, actual, expected, dtype, backend):
     """One result within the bounds of its arithmetic."""
     slack = 1.0
@@ -42,9 +50,12 @@ def check(name, actual, expected, dtype, backend):
     if dtype == torch.float64:
         # The exponent of a decay is a sum over its chunk, in fp64 too: its rounding is amplified by its size, some 20.
         slack = max(slack, 4.0)
-    if backend == "triton" and dtype.itemsize == 2:
-        # tl.dot takes its operands in the dtype of x, so that states and gradients carry its rounding too, several times.
-        actual, slack = actual.to(dtype), max(slack, 4.0)
+    if products_in(dtype, backend):
+        # Operands are rounded to the dtype of x, so that states and sums in fp32 carry its rounding too.
+        actual = actual.to(dtype)
+        if backend == "triton":
+            # Each product's operands anew, states and gradients several times.
+            slack = max(slack, 4.0)
     assert_close(name, actual, expected, slack=slack)
 
 
@@ -140,8 +151,8 @@ def test_extreme_decays(scale, dtype, backend):
     for name in actual:
         if scale > 1 and name in ("dA", "dinitial_state"):
             # Made of what is left of decays of e^-20 and less: the rounding of dt counts as often as the exponent is
-            # large, and below 1e-30 numbers are lost altogether. Triton rounds the factors of its products to the dtype of x.
-            bound = torch.finfo(dtype).eps if backend == "triton" and dtype.itemsize == 2 else 1e-4
+            # large, and below 1e-30 numbers are lost altogether.
+            bound = torch.finfo(dtype).eps if products_in(dtype, backend) else 1e-4
             error = (actual[name].cpu() - expected[name].cpu()).abs().max()
             assert error <= bound * expected[name].abs().max() + 1e-30, f"{name}: {error:.3g}"
         else:
