@@ -135,7 +135,7 @@ class Call {
           if (flag(row) & 1) h[p + 1].assign(P * N, 0.0);
           if (flag(row) & 2) continue;
           const double delta = step(row), decay = std::exp(delta * A_[head]);
-          const double *b = &B_[row * width + group * N], *c = &C_[row * width + group * N];
+          const double *b = B_.data() + row * width + group * N, *c = C_.data() + row * width + group * N;
           for (std::int64_t i = 0; i < P; ++i) {
             const std::int64_t at = row * inner + head * P + i;
             double total = (o.D ? D_[head * P + i] * x_[at] : 0.0) + (o.addend ? addend_[at] : 0.0);
