@@ -265,6 +265,7 @@ register(
         },
         fixed={"optional": ("D", "dt_bias"), "requires_grad": False},
         parameters=("A", "D", "dt_bias"),
+        rounds_operands=True,
         bytes_moved=bytes_moved,
         exps=exponentials,
         fmas=products,

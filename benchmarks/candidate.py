@@ -140,6 +140,8 @@ class Candidate:
         expected = torch.load(path)
         errors = {}
         for name, actual in self.results().items():
+            if self.bench.rounds_operands:
+                actual = actual.to(self.spec.torch_dtype)
             if self.spec.candidate == OURS:
                 summed = name in {f"d{parameter}" for parameter in self.bench.parameters}
                 slack = self.bench.slack * (CANCELLATION if summed else 1.0)

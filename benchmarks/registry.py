@@ -113,6 +113,8 @@ class Bench:
         rivals: Name -> adapter. An import error, or `Absent`, in an adapter reports the rival as absent.
         slack: Multiplies the bounds of the tests that our own op is held to; say why beside it.
         parameters: Inputs that serve every token: their gradients have the tests' `CANCELLATION` besides.
+        rounds_operands: Its matrix products take their operands in the inputs' dtype, so that results in fp32 carry that
+            dtype's rounding and are held to its bounds.
         reference: The float64 truth, called as the op is; by default the op with `backend="reference"`.
         gradients: Names of the inputs to differentiate; by default every floating-point tensor.
         modes: "fwd" alone for an op without gradients.
@@ -131,6 +133,7 @@ class Bench:
     rivals: Mapping[str, Callable[..., Any] | Rival] = field(default_factory=dict)
     slack: float = 1.0
     parameters: tuple[str, ...] = ()
+    rounds_operands: bool = False
     reference: Callable[..., Any] | None = None
     gradients: tuple[str, ...] | None = None
     modes: tuple[str, ...] = MODES
