@@ -187,6 +187,20 @@ def ssd_inputs(
     return {**{k: v.requires_grad_(requires_grad) for k, v in kept.items()}, "dt_softplus": True}
 
 
+def ssd_noncausal_inputs(
+    batch: int,
+    seqlen: int,
+    nheads: int,
+    headdim: int,
+    dstate: int,
+    *,
+    optional: tuple[str, ...] = ("D", "dt_bias"),
+    **options: Any,
+) -> dict[str, Any]:
+    """Keyword inputs of `ssd_noncausal`: those of `ssd` without what only a walk has."""
+    return ssd_inputs(batch, seqlen, nheads, headdim, dstate, optional=optional, **options)
+
+
 def rms_norm_inputs(
     *shape: int,
     dtype: torch.dtype = torch.float32,

@@ -7,6 +7,7 @@ from ssmkit.ops.rms_norm import rms_norm
 from ssmkit.ops.selective_scan import selective_scan
 from ssmkit.ops.selective_state_step import selective_state_step
 from ssmkit.ops.ssd import ssd
+from ssmkit.ops.ssd_noncausal import ssd_noncausal
 from ssmkit.ops.ssd_step import ssd_step
 
 __all__ = [
@@ -17,5 +18,6 @@ __all__ = [
     "selective_scan",
     "selective_state_step",
     "ssd",
+    "ssd_noncausal",
     "ssd_step",
 ]
