@@ -300,6 +300,10 @@ class Plan:
         else:
             self.slots = self.seqlen // chunk + self.nseq
         self.chunk, self.acc = chunk, acc_dtype(x.dtype)
+        if flags is not None and self.acc == torch.float64:
+            # Triton lays the operands of a product out for the narrowest load they depend on, masks included, and does
+            # not compile products of fp64 laid out for bytes.
+            flags = flags.to(torch.int64)
         strides = (0 if t is None else row_stride(t) for t in (x, dt, B, C, z))
         self.arguments = (
             Tokens(x, dt, B, C, z, *strides),

@@ -237,9 +237,7 @@ def plan_of(
     chunk = {2: 64, 4: 32, 8: 16}[x.dtype.itemsize]
     limits = (-math.inf, math.inf)
     plan = Plan(x, dt, A, B, C, None, dt_bias, flags, cu_seqlens, dt_softplus, *limits, False, chunk)
-    # Triton 3.7 does not compile products of fp64 whose operands are loaded ahead.
-    stages = 1 if plan.acc == torch.float64 else 2
-    plan.options |= {"INTERLEAVED": interleaved, "num_warps": 4, "num_stages": stages}
+    plan.options |= {"INTERLEAVED": interleaved, "num_warps": 4, "num_stages": 2}
     return plan
 
 

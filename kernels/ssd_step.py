@@ -15,7 +15,7 @@ from .math import LOG2E, rounded, silu, softplus
 @triton.jit
 def ssd_step_kernel(
     state_ptr, x_ptr, dt_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, dt_bias_ptr, slots_ptr, y_ptr,
-    nheads, headdim, dstate, nslots, per_group, x_stride, dt_stride, z_stride, B_stride, C_stride, dt_min, dt_max,
+    nheads, headdim, dstate, nslots, per_group, x_stride, dt_stride, z_stride, B_stride, C_stride, D_strides, dt_min, dt_max,
     SOFTPLUS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """One program: BLOCK_P channels of one head of one row. state (slots, nheads, headdim, dstate); A (nheads,);
@@ -54,7 +54,7 @@ def ssd_step_kernel(
         tl.store(state_ptr + row_P[:, None] + n[None, :], rounded(h_PN, state_ptr), mask=in_PN & used)
 
     if D_ptr is not None:
-        y_P += tl.load(D_ptr + channel, mask=in_p, other=0.0) * x_P
+        y_P += tl.load(D_ptr + head * D_strides[0] + p * D_strides[1], mask=in_p, other=0.0) * x_P
     if z_ptr is not None:
         y_P *= silu(tl.load(z_ptr + b * z_stride + channel, mask=in_p, other=0.0).to(ACC))
     tl.store(y_ptr + b * nheads * headdim + channel, rounded(tl.where(used, y_P, 0.0), y_ptr), mask=in_p)
@@ -77,7 +77,7 @@ def step(
         ssd_step_kernel[(batch * nheads, triton.cdiv(headdim, block_p))](
             state, x, dt, A, B, C, D, z, dt_bias, state_indices, y,
             nheads, headdim, dstate, state.shape[0], nheads // ngroups, *strides,
-            in_two_parts(dt_min), in_two_parts(dt_max),
+            (0, 0) if D is None else D.stride(), in_two_parts(dt_min), in_two_parts(dt_max),
             SOFTPLUS=dt_softplus, BLOCK_P=block_p, BLOCK_N=block_n, num_warps=4,
         )  # fmt: skip
     return y

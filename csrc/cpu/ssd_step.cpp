@@ -1,5 +1,6 @@
-// The state is read and written once and nothing else is large. States in lanes; four channels at a time, so that B and C
-// are loaded once for all of them. Threads share rows x heads x vectors of channels.
+// The state is read and written once and nothing else is large: it streams through in the order in which it lies, states
+// in lanes (several channels side by side load B and C once for all, and take twice as long where the state comes from
+// memory). Threads share rows x heads x vectors of channels.
 #include "cpu/ssd_step.h"
 
 #include "cpu/parallel.h"
@@ -48,39 +49,26 @@ struct Head {
   std::int64_t row_ = -1, group_ = -1, head_ = -1;
 };
 
-// R channels: h = decay h + input B, and the terms of h C that end up in each lane. h (R, dstate), terms (R, lanes).
-template <int R, typename In, typename State, typename T>
-SSMKIT_INLINE void advance(const Head<In>& head, State* h, const T* input, T* terms) {
+// One channel: h = decay h + input B; the terms of h C that end up in each lane.
+template <typename In, typename State, typename T>
+SSMKIT_INLINE Vec<T> advance(const Head<In>& head, State* h, T input) {
   using V = Vec<T>;
   const std::int64_t dstate = head.p.dstate;
-  const V decay(head.decay);
-  V in[R], total[R];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) in[r] = V(input[r]), total[r] = V(T(0));
+  const V decay(head.decay), in(input);
+  V total(T(0));
   std::int64_t n = 0;
   for (; n + V::size <= dstate; n += V::size) {
-    const V b = load(head.B + n), c = load(head.C + n);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      State* at = h + r * dstate + n;
-      const V next = fma(decay, load(at), in[r] * b);
-      store(at, next);
-      total[r] = fma(c, next, total[r]);
-    }
+    const V next = fma(decay, load(h + n), in * load(head.B + n));
+    store(h + n, next);
+    total = fma(load(head.C + n), next, total);
   }
   if (n < dstate) {
     const int rest = static_cast<int>(dstate - n);
-    const V b = load(head.B + n), c = load(head.C + n);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      State* at = h + r * dstate + n;
-      const V next = fma(decay, load(at, rest), in[r] * b);
-      store(at, next, rest);
-      total[r] = fma(c, next, total[r]);
-    }
+    const V next = fma(decay, load(h + n, rest), in * load(head.B + n));
+    store(h + n, next, rest);
+    total = fma(load(head.C + n), next, total);
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) store(terms + r * V::size, total[r]);
+  return total;
 }
 
 template <typename In, typename State>
@@ -108,14 +96,14 @@ void step(const SsdStepParams& p) {
       State* state = static_cast<State*>(p.state) + (slot * p.nheads * p.headdim + channel) * p.dstate;
       T input[lanes], terms[lanes * lanes];
       store(input, x * V(head.dt));
-      int r = 0;
-      if constexpr (lanes >= 4)
-        for (; r + 4 <= width; r += 4) advance<4>(head, state + r * p.dstate, input + r, terms + r * lanes);
-      for (; r < width; ++r) advance<1>(head, state + r * p.dstate, input + r, terms + r * lanes);
-      for (; r < lanes; ++r) store(terms + r * lanes, V(T(0)));
+      for (int r = 0; r < lanes; ++r)
+        store(terms + r * lanes, r < width ? advance(head, state + r * p.dstate, input[r]) : V(T(0)));
 
       V result = sum_rows(static_cast<const T*>(terms), lanes);
-      if (p.D) result = fma(load_upto(static_cast<const T*>(p.D) + channel, width), x, result);
+      if (p.D) {
+        const T* D = static_cast<const T*>(p.D) + h * p.D_stride;
+        result = fma(p.D_per_head ? V(*D) : load_upto(D + first, width), x, result);
+      }
       if (p.z) result = result * silu(load_upto(static_cast<const In*>(p.z) + b * p.z_stride + channel, width));
       store_upto(y, result, width);
     }

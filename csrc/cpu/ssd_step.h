@@ -25,10 +25,11 @@ struct SsdStepParams {
   const void* B;    // (batch, ngroups, dstate)
   const void* C;    // (batch, ngroups, dstate)
   const void* A;        // (nheads,)          acc
-  const void* D;        // (nheads, headdim)  acc
+  const void* D;        // (nheads, headdim)  acc; or, with D_per_head, (nheads,)
   const void* dt_bias;  // (nheads,)          acc
   const std::int64_t* slots;  // (batch,)  negative: nothing is done; null: slot b for row b
-  std::int64_t x_stride, dt_stride, z_stride, B_stride, C_stride;
+  std::int64_t x_stride, dt_stride, z_stride, B_stride, C_stride, D_stride;
+  bool D_per_head;
   void* y;  // (batch, nheads, headdim)
 };
 

@@ -31,6 +31,7 @@ def step(
         (dt_min, dt_max),
         (*x.shape, *B.shape[1:]),
         tuple(map(pointer, (state, x, dt, z, B, C, A, D, dt_bias, slots, y))),
-        tuple(0 if rows is None else rows.stride(0) for rows in (x, dt, z, B, C)),
+        tuple(0 if rows is None else rows.stride(0) for rows in (x, dt, z, B, C, D)),
+        D is not None and D.stride(1) == 1,
     )
     return y

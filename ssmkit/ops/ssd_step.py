@@ -176,6 +176,8 @@ def ssd_step_ref(
 
 def _dense_rows(rows: Tensor) -> Tensor:
     """`rows` itself where everything but the batch axis is dense, else a copy."""
+    if rows.is_contiguous():
+        return rows
     dense = 1
     for size, stride in zip(reversed(rows.shape[1:]), reversed(rows.stride()[1:]), strict=True):
         if size != 1 and stride != dense:
@@ -190,10 +192,12 @@ def _step(
 ) -> Tensor:  # fmt: skip
     check_slots(state_indices, state.shape[0])
     rows = [None if t is None else _dense_rows(t) for t in (x, dt, B, C, z)]
-    dense = [None if t is None else t.contiguous() for t in (A, D, dt_bias, state_indices)]
+    dense = [None if t is None else t.contiguous() for t in (A, dt_bias, state_indices)]
+    # One weight for all channels of a head has a stride of zero.
+    D = D if D is None or D.stride(1) in (0, 1) else D.contiguous()
     return load(BACKENDS, backend).step(
-        state, rows[0], rows[1], dense[0], rows[2], rows[3], dense[1], rows[4], dense[2],
-        dt_softplus, dt_min, dt_max, dense[3],
+        state, rows[0], rows[1], dense[0], rows[2], rows[3], D, rows[4], dense[1],
+        dt_softplus, dt_min, dt_max, dense[2],
     )  # fmt: skip
 
 

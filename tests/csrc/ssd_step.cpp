@@ -12,7 +12,7 @@ using Numbers = std::vector<double>;
 struct Options {
   std::int64_t batch = 3, nheads = 6, headdim = 21, dstate = 16, groups = 1;
   DType dtype = DType::float32, state_dtype = DType::float32;
-  bool softplus = true, D = true, z = true, dt_bias = true;
+  bool softplus = true, D_per_head = false, D = true, z = true, dt_bias = true;
   double dt_min = 0.0, dt_max = INFINITY;
   std::vector<std::int64_t> slots;
   int threads = 1;
@@ -41,6 +41,7 @@ void run(const Options& o) {
   p.slots = o.slots.empty() ? nullptr : o.slots.data();
   p.x_stride = x.stride(), p.dt_stride = dt.stride(), p.z_stride = z.stride();
   p.B_stride = B.stride(), p.C_stride = C.stride(), p.y = y.data();
+  p.D_stride = o.D_per_head ? 1 : o.headdim, p.D_per_head = o.D_per_head;
   SSMKIT_CPU(ssd_step)(p);
 
   for (std::int64_t row = 0; row < o.batch; ++row) {
@@ -52,7 +53,7 @@ void run(const Options& o) {
       double step = rate[row * o.nheads + head] + (o.dt_bias ? bias[head] : 0.0);
       if (o.softplus) step = std::log1p(std::exp(step));
       step = std::fmin(std::fmax(step, o.dt_min), o.dt_max);
-      double sum = o.D ? skip[channel] * u[at] : 0.0, terms = std::fabs(sum);
+      double sum = o.D ? skip[o.D_per_head ? head : channel] * u[at] : 0.0, terms = std::fabs(sum);
       for (std::int64_t i = 0; i < n; ++i) {
         double& h = held[(slot * dim + channel) * n + i];
         h = std::exp(step * decay[head]) * h + step * b[weight + i] * u[at];
@@ -92,7 +93,7 @@ const testing::Case kShapes("odd sizes, groups, slots, limits", [] {
 
 const testing::Case kThreads("many threads", [] {
   Options o;
-  o.headdim = 64, o.dstate = 128, o.threads = 5;
+  o.headdim = 64, o.dstate = 128, o.threads = 5, o.D_per_head = true;
   run(o);
 });
 
