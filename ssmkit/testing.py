@@ -326,3 +326,21 @@ def linear_scan_inputs(
     }
     kept = {k: v.to(device) for k, v in inputs.items() if k in ("a", "b", *optional)}
     return {k: v.requires_grad_(requires_grad) for k, v in kept.items()}
+
+
+def linear_step_inputs(
+    batch: int,
+    in_features: int,
+    out_features: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    optional: tuple[str, ...] = ("bias",),
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Keyword inputs of `linear_step`, drawn on the CPU from `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    shapes = {"x": (batch, in_features), "weight": (out_features, in_features), "bias": (out_features,)}
+    kept = {name: shape for name, shape in shapes.items() if name in ("x", "weight", *optional)}
+    return {name: torch.randn(s, generator=generator, dtype=acc).to(dtype).to(device) for name, s in kept.items()}

@@ -3,6 +3,7 @@
 from ssmkit.ops.causal_conv1d import causal_conv1d
 from ssmkit.ops.causal_conv1d_step import causal_conv1d_step
 from ssmkit.ops.linear_scan import linear_scan
+from ssmkit.ops.linear_step import linear_step
 from ssmkit.ops.rms_norm import rms_norm
 from ssmkit.ops.selective_scan import selective_scan
 from ssmkit.ops.selective_state_step import selective_state_step
@@ -14,6 +15,7 @@ __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
     "linear_scan",
+    "linear_step",
     "rms_norm",
     "selective_scan",
     "selective_state_step",
