@@ -1,5 +1,6 @@
-// Features in lanes: a few rows of the weight pass through the registers once for every group of rows of x. Each dot
-// product is summed in one fixed order, whatever stands beside it and however many threads share the rows.
+// Features in lanes. Memory gives its best to one stream, so a single row of x takes one row of the weight after the
+// other, asked for ahead; several rows of x share each vector of the weight that has arrived. Every dot product is summed
+// in one fixed order, whatever stands beside it and however many threads share the rows.
 #include "cpu/linear_step.h"
 
 #include <type_traits>
@@ -10,121 +11,142 @@
 namespace ssmkit::SSMKIT_CAPABILITY {
 namespace {
 
+// Sums of a dot product that run side by side: two hide the latency of fma at the speed of memory, and leave registers
+// for several rows.
+constexpr int kSums = 2;
+// Rows of x and of the weight multiplied together: their sums fill half of the 32 or 16 registers.
+constexpr int kInputRows = kVectorBytes == 64 ? 4 : 2;
 #ifndef R_
-#define R_ 1
-#define U_ 4
-#define A_ 4096
-#define M_ 4
+#define R_ 2
+#define A_ 8192
 #endif
-constexpr int kSums = U_;
 constexpr int kWeightRows = R_;
-constexpr int kInputRows = M_;
-constexpr int kBytesAhead = A_;
+constexpr std::int64_t kBytesAhead = A_;
 constexpr std::int64_t kBytesPerThread = 1 << 18;
-// Rows of x that one walk over the weight serves: their copies in the type of the sums stay in the caches.
+// Rows of x that one walk over the weight serves; with it they stay in the caches.
 constexpr std::int64_t kRowsPerWalk = 8;
-// Threads part where a cache line of y does.
-constexpr std::int64_t kRowsPerUnit = 32;
+// Rows of the weight that are never parted between threads: whole cache lines of y.
+constexpr std::int64_t kRowsPerUnit = 64;
 
-SSMKIT_INLINE void prefetch(const void* from) { __builtin_prefetch(static_cast<const char*>(from) + kBytesAhead); }
+template <typename In>
+struct Walk {
+  using T = acc_t<In>;
+  static constexpr int V = Vec<T>::size;
+  const T* x;  // (count, in_features)
+  std::int64_t x_stride, count, in_features;
+  std::int64_t weight_stride, ahead;  // what lies `ahead` elements on is asked for
+  T* partial;  // (count, V, V)  of V rows of the weight, sums still to be added up over lanes
+};
 
-// sums[r][m] += weight[r] . x[m] over one vector of features
-template <int R, int M, typename In, typename T, typename Load>
-SSMKIT_INLINE void add(Vec<T> (&sums)[R][M], const Vec<T> (&w)[R], const T* x, std::int64_t stride, const Load& get) {
-#pragma GCC unroll 8
-  for (int m = 0; m < M; ++m) {
-    const Vec<T> v = get(x + m * stride);
-#pragma GCC unroll 8
-    for (int r = 0; r < R; ++r) sums[r][m] = fma(w[r], v, sums[r][m]);
-  }
-}
-
-// y[m][r] = weight[r] . x[m] + bias[r]
-template <int R, int M, typename In, typename T>
-void products(const LinearStepParams& p, const T* x, std::int64_t x_stride, std::int64_t b, std::int64_t row) {
+// partial[m][r] = weight[r] * x[m], summed over vectors, for M rows of x and R of the weight.
+template <int R, int M, typename In>
+void products(const Walk<In>& walk, const In* weight, std::int64_t m0, std::int64_t r0) {
+  using T = acc_t<In>;
   constexpr int V = Vec<T>::size;
-  const In* weight = static_cast<const In*>(p.weight) + row * p.weight_stride;
-  Vec<T> sums[kSums][R][M], w[R];
-  for (auto& part : sums)
-    for (auto& line : part)
-      for (auto& sum : line) sum = Vec<T>(T(0));
-  const auto whole = [](const auto* from) { return load(from); };
+  const T* x = walk.x + m0 * walk.x_stride;
+  Vec<T> sums[kSums][R][M];
+#pragma GCC unroll 64
+  for (int i = 0; i < kSums * R * M; ++i) sums[i / (R * M)][i / M % R][i % M] = Vec<T>(T(0));
 
+  const auto add = [&](Vec<T>(&sum)[R][M], std::int64_t k, const auto& get) __attribute__((always_inline)) {
+    Vec<T> w[R];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) w[r] = get(weight + r * walk.weight_stride + k);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const Vec<T> v = get(x + m * walk.x_stride + k);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) sum[r][m] = fma(w[r], v, sum[r][m]);
+    }
+  };
   std::int64_t k = 0;
-  for (; k + kSums * V <= p.in_features; k += kSums * V) {
+  for (; k + kSums * V <= walk.in_features; k += kSums * V) {
 #pragma GCC unroll 8
     for (int s = 0; s < kSums; ++s) {
+      // The first rows of x fetch for all.
+      if (m0 == 0 && s * V * sizeof(In) % 64 == 0)
 #pragma GCC unroll 8
-      for (int r = 0; r < R; ++r) {
-        const In* from = weight + r * p.weight_stride + k + s * V;
-        if (s * V * sizeof(In) % 64 == 0) prefetch(from);
-        w[r] = load(from);
-      }
-      add<R, M, In>(sums[s], w, x + k + s * V, x_stride, whole);
+        for (int r = 0; r < R; ++r) __builtin_prefetch(weight + r * walk.weight_stride + k + s * V + walk.ahead);
+      add(sums[s], k + s * V, [](const auto* from) { return load(from); });
     }
   }
 #pragma GCC unroll 8
-  for (int s = 0; s < kSums; ++s) {
-    const std::int64_t left = p.in_features - k;
+  for (int s = 0; s < kSums; ++s, k += V) {
+    const std::int64_t left = walk.in_features - k;
     if (left <= 0) break;
     const int count = static_cast<int>(left < V ? left : V);
-    const auto get = [&](const auto* from) { return count == V ? load(from) : load(from, count); };
-    for (int r = 0; r < R; ++r) w[r] = get(weight + r * p.weight_stride + k);
-    add<R, M, In>(sums[s], w, x + k, x_stride, get);
-    k += count;
+    add(sums[s], k, [&](const auto* from) { return count == V ? load(from) : load(from, count); });
   }
-
-  const In* bias = static_cast<const In*>(p.bias);
-  In* y = static_cast<In*>(p.y) + b * p.out_features + row;
 #pragma GCC unroll 8
   for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      for (int half = kSums / 2; half > 0; half /= 2)
-        for (int s = 0; s < half; ++s) sums[s][r][m] += sums[s + half][r][m];
-      T total = sum(sums[0][r][m]);
-      if (bias) total += to_float(bias[row + r]);
-      from_float(y + m * p.out_features + r, total);
-    }
+    for (int m = 0; m < M; ++m) store(walk.partial + ((m0 + m) * V + r0 + r) * V, sums[0][r][m] + sums[1][r][m]);
 }
 
-template <int R, typename In, typename T>
-SSMKIT_INLINE void rows(const LinearStepParams& p, const T* x, std::int64_t stride, std::int64_t b, std::int64_t count, std::int64_t row) {
-  for (; count >= kInputRows; count -= kInputRows, b += kInputRows, x += kInputRows * stride)
-    products<R, kInputRows, In>(p, x, stride, b, row);
-  switch (count) {
-    case 3: return products<R, 3, In>(p, x, stride, b, row);
-    case 2: return products<R, 2, In>(p, x, stride, b, row);
-    case 1: return products<R, 1, In>(p, x, stride, b, row);
-    default: return;
+// The same for every row of x.
+template <int R, typename In>
+void all_products(const Walk<In>& walk, const In* weight, std::int64_t r0) {
+  std::int64_t m = 0;
+  for (; m + kInputRows <= walk.count; m += kInputRows) products<R, kInputRows>(walk, weight, m, r0);
+  for (; m < walk.count; ++m) products<R, 1>(walk, weight, m, r0);
+}
+
+// y[b + m][o] for all rows m of the walk and o from `first` to `last`.
+template <typename In>
+void walk_rows(const LinearStepParams& p, const Walk<In>& walk, std::int64_t b, std::int64_t first, std::int64_t last) {
+  using T = acc_t<In>;
+  constexpr int V = Vec<T>::size;
+  for (std::int64_t o = first; o < last; o += V) {
+    const int count = static_cast<int>(last - o < V ? last - o : V);
+    const In* weight = static_cast<const In*>(p.weight) + o * p.weight_stride;
+    int r = 0;
+    if (walk.count > 1)
+      for (; r + kWeightRows <= count; r += kWeightRows) all_products<kWeightRows>(walk, weight + r * p.weight_stride, r);
+    for (; r < count; ++r) all_products<1>(walk, weight + r * p.weight_stride, r);
+
+    const auto get = [&](const auto* from) { return count == V ? load(from) : load(from, count); };
+    const Vec<T> bias = p.bias ? get(static_cast<const In*>(p.bias) + o) : Vec<T>(T(0));
+    for (std::int64_t m = 0; m < walk.count; ++m) {
+      const Vec<T> total = sum_rows<T>(walk.partial + m * V * V, V) + bias;
+      In* y = static_cast<In*>(p.y) + (b + m) * p.out_features + o;
+      count == V ? store(y, total) : store(y, total, count);
+    }
   }
 }
 
 template <typename In>
 void linear(const LinearStepParams& p) {
   using T = acc_t<In>;
+  constexpr int V = Vec<T>::size;
+  constexpr bool kWiden = !std::is_same_v<In, T>;
   const std::int64_t units = (p.out_features + kRowsPerUnit - 1) / kRowsPerUnit;
-  const std::int64_t useful = p.out_features * p.in_features * static_cast<std::int64_t>(sizeof(In)) / kBytesPerThread + 1;
+  const std::int64_t bytes = p.out_features * p.in_features * static_cast<std::int64_t>(sizeof(In));
+  const std::int64_t useful = bytes / kBytesPerThread + 1, most = p.batch < kRowsPerWalk ? p.batch : kRowsPerWalk;
   const int threads = static_cast<int>(useful < p.threads ? useful : p.threads);
+
   parallel_for(units, threads, [&](std::int64_t begin, std::int64_t end, int) {
-    constexpr bool kCopy = !std::is_same_v<In, T>;
-    Scratch<T> copy(kCopy ? (p.batch < kRowsPerWalk ? p.batch : kRowsPerWalk) * p.in_features : 0);
+    Scratch<T> wide(kWiden ? most * p.in_features : 0), partial(most * V * V);
+    // Rows of the last vector that are not there are summed and not stored.
+    for (std::int64_t i = 0; i < most * V * V; ++i) partial[i] = T(0);
+    const std::int64_t first = begin * kRowsPerUnit;
     const std::int64_t last = end * kRowsPerUnit < p.out_features ? end * kRowsPerUnit : p.out_features;
     for (std::int64_t b = 0; b < p.batch; b += kRowsPerWalk) {
-      const std::int64_t count = p.batch - b < kRowsPerWalk ? p.batch - b : kRowsPerWalk;
-      const In* given = static_cast<const In*>(p.x) + b * p.x_stride;
-      const T* x;
-      if constexpr (kCopy) {
-        for (std::int64_t m = 0; m < count; ++m)
-          for (std::int64_t k = 0; k < p.in_features; ++k) copy[m * p.in_features + k] = to_float(given[m * p.x_stride + k]);
-        x = copy;
+      const In* x = static_cast<const In*>(p.x) + b * p.x_stride;
+      Walk<In> walk;
+      walk.count = p.batch - b < kRowsPerWalk ? p.batch - b : kRowsPerWalk;
+      walk.in_features = p.in_features, walk.weight_stride = p.weight_stride, walk.partial = partial;
+      // Whole rows on, so that it is asked for once also where several rows of the weight go together.
+      const std::int64_t together = (walk.count > 1 ? kWeightRows : 1) * p.weight_stride;
+      const std::int64_t least = kBytesAhead / static_cast<std::int64_t>(sizeof(In));
+      walk.ahead = together > 0 ? (least + together - 1) / together * together : 0;
+      if constexpr (kWiden) {
+        for (std::int64_t m = 0; m < walk.count; ++m)
+          for (std::int64_t k = 0; k < p.in_features; ++k) wide[m * p.in_features + k] = to_float(x[m * p.x_stride + k]);
+        walk.x = wide, walk.x_stride = p.in_features;
       } else {
-        x = given;
+        walk.x = x, walk.x_stride = p.x_stride;
       }
-      const std::int64_t stride = kCopy ? p.in_features : p.x_stride;
-      std::int64_t row = begin * kRowsPerUnit;
-      for (; row + kWeightRows <= last; row += kWeightRows) rows<kWeightRows, In>(p, x, stride, b, count, row);
-      for (; row < last; ++row) rows<1, In>(p, x, stride, b, count, row);
+      walk_rows(p, walk, b, first, last);
     }
   });
 }
