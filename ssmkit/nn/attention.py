@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmkit.nn.linear import project
 from ssmkit.ops import causal_conv1d, causal_conv1d_step
 from ssmkit.ops._check import check_cu_seqlens, check_flag, check_ndim
 
@@ -153,7 +154,7 @@ class MHA(nn.Module):
                     raise ValueError("one token after another takes no mask, resets or cu_seqlens; pass state instead")
                 return self.step(x, *state)[0]
         carried = None if state is None else AttentionState(*state)
-        qkv, up_gate = self.in_proj(x).split((self.qkv_dim, self.mlp_dim), dim=-1)
+        qkv, up_gate = project(self.in_proj, x).split((self.qkv_dim, self.mlp_dim), dim=-1)
         if self.d_conv:
             qkv, conv_state = causal_conv1d(
                 qkv,
@@ -182,7 +183,7 @@ class MHA(nn.Module):
                 "use forward(..., state=...) for several tokens"
             )
         carried = AttentionState(*state)
-        qkv, up_gate = self.in_proj(x).split((self.qkv_dim, self.mlp_dim), dim=-1)
+        qkv, up_gate = project(self.in_proj, x).split((self.qkv_dim, self.mlp_dim), dim=-1)
         if self.d_conv:
             weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
             qkv = causal_conv1d_step(qkv.squeeze(1), carried.conv_state, weight, bias, backend=self.backend)[:, None]
@@ -273,9 +274,9 @@ class MHA(nn.Module):
     def _merge(self, y: Tensor, up_gate: Tensor) -> Tensor:
         """The attention's channels before those of the MLP, and the output projection."""
         if not self.mlp_dim:
-            return self.out_proj(y)
+            return project(self.out_proj, y)
         up, gate = up_gate.chunk(2, dim=-1)
-        return self.out_proj(torch.cat((y, up * F.silu(gate)), dim=-1))
+        return project(self.out_proj, torch.cat((y, up * F.silu(gate)), dim=-1))
 
     def _cached(self, inference_params: Any, batch: int) -> AttentionState:
         """The state of this layer in `inference_params`; at offset 0 that before any token."""

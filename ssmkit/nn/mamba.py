@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmkit.nn.linear import product, project
 from ssmkit.ops import causal_conv1d, causal_conv1d_step, selective_scan, selective_state_step
 
 MambaState = tuple[Tensor, Tensor]
@@ -161,15 +162,15 @@ class Mamba(nn.Module):
                 f"hidden_states must have shape (batch, 1, {self.d_model}), got {tuple(hidden_states.shape)}; "
                 "use forward(..., state=...) for several tokens"
             )
-        x, z = self.in_proj(hidden_states.squeeze(1)).chunk(2, dim=-1)
+        x, z = project(self.in_proj, hidden_states.squeeze(1)).chunk(2, dim=-1)
         x = causal_conv1d_step(
             x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu", backend=self.backend
         )
-        dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
+        dt, B, C = project(self.x_proj, x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         y = selective_state_step(
             ssm_state,
             x,
-            F.linear(dt, self.dt_proj.weight),
+            product(dt, self.dt_proj.weight),
             self.A(),
             B,
             C,
@@ -179,7 +180,7 @@ class Mamba(nn.Module):
             dt_softplus=True,
             backend=self.backend,
         )
-        return self.out_proj(y).unsqueeze(1), conv_state, ssm_state
+        return project(self.out_proj, y).unsqueeze(1), conv_state, ssm_state
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int | None = None, dtype: torch.dtype | None = None, **_: Any

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmkit.nn.linear import project
 from ssmkit.nn.mamba import MambaState, cached_state, initial_dt_bias
 from ssmkit.nn.rms_norm import RMSNorm
 from ssmkit.ops import causal_conv1d, causal_conv1d_step, ssd, ssd_step
@@ -218,7 +219,7 @@ class Mamba2(nn.Module):
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, ...]:
         """z0, x0, z, xBC, dt of some tokens."""
         sizes = (self.d_mlp, self.d_mlp, self.d_ssm, self.conv_dim, self.nheads)
-        return self.in_proj(hidden_states).split(sizes, dim=-1)
+        return project(self.in_proj, hidden_states).split(sizes, dim=-1)
 
     def _heads(self, xBC: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """x, A, B, C as the scan takes them, from (..., conv_dim)."""
@@ -234,7 +235,7 @@ class Mamba2(nn.Module):
     def _merge(self, y: Tensor, z: Tensor, z0: Tensor, x0: Tensor) -> Tensor:
         """Norm and gate, the MLP's channels before those of the scan, and the output projection."""
         y = y if self.norm is None else self.norm(y, z)
-        return self.out_proj(torch.cat([F.silu(z0) * x0, y], dim=-1) if self.d_mlp else y)
+        return project(self.out_proj, torch.cat([F.silu(z0) * x0, y], dim=-1) if self.d_mlp else y)
 
     def A(self) -> Tensor:
         """Decay rates -exp(A_log), in fp32 or wider.                  (nheads,)"""

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmkit.nn.linear import project
 from ssmkit.nn.mamba import cached_state, initial_dt_bias
 from ssmkit.nn.mamba2 import walk_of
 from ssmkit.nn.rms_norm import RMSNorm
@@ -215,7 +216,7 @@ class Mamba3(nn.Module):
 
     def _project(self, hidden_states: Tensor) -> tuple[Tensor, Tokens]:
         """z and what the recurrence takes, of tokens (..., d_model)."""
-        z, x, B, C, dt, A, lam, theta = self.in_proj(hidden_states).split(self._widths(), dim=-1)
+        z, x, B, C, dt, A, lam, theta = project(self.in_proj, hidden_states).split(self._widths(), dim=-1)
         acc = acc_dtype(x.dtype)
         k, q = (
             norm(weight.unflatten(-1, (self.ngroups, self.d_state))).to(acc).repeat_interleave(repeats, dim=-2)
@@ -288,7 +289,7 @@ class Mamba3(nn.Module):
         """Norm, gate and output projection."""
         y = y.flatten(-2)
         y = y * F.silu(z.to(y.dtype)) if self.norm is None else self.norm(y.to(z.dtype), z)
-        return self.out_proj(y.to(z.dtype))
+        return project(self.out_proj, y.to(z.dtype))
 
     def step(
         self, hidden_states: Tensor, angle: Tensor, ssm: Tensor, k: Tensor, v: Tensor

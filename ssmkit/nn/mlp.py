@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmkit.nn.linear import project
+
 
 class GatedMLP(nn.Module):
     """y, gate = fc1(x); fc2(y * silu(gate)). Names are those of official checkpoints.
@@ -40,5 +42,5 @@ class GatedMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        y, gate = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(y * F.silu(gate))
+        y, gate = project(self.fc1, x).chunk(2, dim=-1)
+        return project(self.fc2, y * F.silu(gate))

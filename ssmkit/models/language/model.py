@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ssmkit.models.language import sampling
 from ssmkit.models.language.config import MIXERS, LanguageModelConfig
 from ssmkit.nn import MHA, GatedMLP, Mamba2, MambaStack
+from ssmkit.nn.linear import project
 
 State = list[tuple[Tensor, ...]]
 
@@ -120,7 +121,7 @@ class LanguageModel(nn.Module):
         `state` is updated in place.
         """
         hidden = self.backbone.embedding(token_ids.reshape(-1, 1))
-        return self.lm_head(self.backbone.step(hidden, state).squeeze(1))
+        return project(self.lm_head, self.backbone.step(hidden, state).squeeze(1))
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int | None = None, dtype: torch.dtype | None = None
