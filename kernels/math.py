@@ -29,6 +29,12 @@ def softplus(x):
 
 
 @triton.jit
+def clamped(x, low, high):
+    """x within low..high; a NaN stays one."""
+    return tl.where(x < low, low, tl.where(x > high, high, x))
+
+
+@triton.jit
 def sigmoid(x):
     """1 / (1 + exp(-x)); the exponential is taken of -|x|, so that it cannot overflow."""
     decayed = tl.exp(-tl.abs(x))

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import acc_dtype, in_two_parts, interpreted, on_device_of, register_limit, row_stride
-from .math import INTERPRETED, LOG2E, rounded, silu, softplus, softplus_grad
+from .math import INTERPRETED, LOG2E, clamped, rounded, silu, softplus, softplus_grad
 
 RESTART, PAD = tl.constexpr(1), tl.constexpr(2)  # bits of `flags`
 
@@ -130,7 +130,7 @@ def steps_of(tokens, steps, row, live, head, SOFTPLUS: tl.constexpr):
     low = tl.cast(steps.dt_min[0], ACC) + tl.cast(steps.dt_min[1], ACC)
     high = tl.cast(steps.dt_max[0], ACC) + tl.cast(steps.dt_max[1], ACC)
     slope = tl.where((free >= low) & (free <= high), slope, 0.0)
-    return tl.where(live, tl.minimum(tl.maximum(free, low), high), 0.0), tl.where(live, slope, 0.0)
+    return tl.where(live, clamped(free, low, high), 0.0), tl.where(live, slope, 0.0)
 
 
 @triton.jit

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .launch import acc_dtype, in_two_parts, interpreted, on_device_of
-from .math import LOG2E, rounded, silu, softplus
+from .math import LOG2E, clamped, rounded, silu, softplus
 
 
 @triton.jit
@@ -36,7 +36,7 @@ def ssd_step_kernel(
     if SOFTPLUS:
         dt = softplus(dt)
     low, high = tl.cast(dt_min[0], ACC) + tl.cast(dt_min[1], ACC), tl.cast(dt_max[0], ACC) + tl.cast(dt_max[1], ACC)
-    dt = tl.minimum(tl.maximum(dt, low), high)
+    dt = clamped(dt, low, high)
     decay = tl.exp2(dt * LOG2E * tl.load(A_ptr + head))
     x_P = tl.load(x_ptr + b * x_stride + channel, mask=in_p, other=0.0).to(ACC)
 

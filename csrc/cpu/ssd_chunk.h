@@ -169,7 +169,8 @@ struct SsdChunk {
         V raw = load_upto(in + h, heads - h);
         if (bias) raw += load_upto(bias + head + h, heads - h);
         const V free = params.dt_softplus ? softplus(raw) : raw;
-        store(step, min(max(free, low_limit), high_limit));
+        // In this order a NaN stays one.
+        store(step, min(high_limit, max(low_limit, free)));
         if (!with_slopes) continue;
         const V inside = select_greater(low_limit, free, zero, select_greater(free, high_limit, zero, one));
         store(slope, params.dt_softplus ? inside * softplus_slope(raw) : inside);

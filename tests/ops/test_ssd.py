@@ -166,6 +166,16 @@ def test_step_sizes_that_decay_by_e_to_the_million(backend):
     compare(inputs | {"dt_softplus": False}, backend)
 
 
+@every_backend
+@pytest.mark.parametrize("softplus", [True, False])
+def test_a_nan_in_dt_is_not_hidden(softplus, backend):
+    inputs = ssd_inputs(2, 40, 2, 9, 6, device=device_of(backend), requires_grad=False) | {"dt_softplus": softplus}
+    inputs["dt"][0, 20, 1] = math.nan
+    y, final_state = ssd(**inputs, return_final_state=True, backend=backend, dt_limit=(0.0, 1.0))
+    assert y[0, 20:, 1].isnan().all() and final_state[0, 1].isnan().all()
+    assert y[0, :, 0].isfinite().all() and y[1].isfinite().all() and final_state[1].isfinite().all()
+
+
 @backends
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_reset_hides_the_past_to_the_last_bit(dtype, backend):
