@@ -6,6 +6,7 @@ command line, with `main(argv) -> exit status`.
 
 import argparse
 import importlib
+import os
 import sys
 from typing import Any, NamedTuple
 
@@ -76,9 +77,14 @@ def main(argv: list[str] | None = None) -> int:
             return status
         arguments = build_parser(chosen).parse_args(argv)
         status = import_command(arguments.command).run(arguments)
+        sys.stdout.flush()
     except ModuleNotFoundError as error:
-        print(f"ssmkit: error: {error}; pip install 'ssmkit[trajectory]' brings it", file=sys.stderr)
+        print(f"ssmkit: error: {error}; pip install 'ssmkit[trajectory,language]' brings it", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # Whoever read the output has enough (`| head`). What is still buffered has nowhere to go.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except (ValueError, FileNotFoundError, ImportError) as error:
         print(f"ssmkit: error: {error}", file=sys.stderr)
         return 2

@@ -1,7 +1,10 @@
 """The command line: help that teaches, the whole job from recording to evaluation, mistakes without tracebacks."""
 
 import json
+import os
 import shlex
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -176,3 +179,14 @@ def test_the_demo_leaves_its_table_and_pictures(tmp_path):
     assert text.count("Decision Mamba") == 4
     for name in ("table.txt", "trajectories.npz", "learning_curve.png", "return_against_target.png", "rollout.gif"):
         assert (tmp_path / name).stat().st_size > 0, name
+
+
+def test_a_reader_that_has_enough_is_no_mistake():
+    """`ssmkit record ... | head -1`, where the pipe is closed before anything is written."""
+    module = "type('M', (), {'add_arguments': lambda parser: None, 'run': lambda arguments: print('text') or 0})"
+    program = f"import sys, ssmkit.cli as c; c.import_command = lambda name: {module}; sys.exit(c.main(['record']))"
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as closed:
+        done = subprocess.run([sys.executable, "-c", program], stdout=closed, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (141, "")
