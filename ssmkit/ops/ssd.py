@@ -32,6 +32,7 @@ from ssmkit.ops._define import absent, acc_dtype, define, flat_rows, gradients, 
 from ssmkit.ops.selective_scan import SOFTPLUS_THRESHOLD, ScanOutput, _walks, flags_of
 
 BACKENDS = (
+    Backend("cuda", device="cuda", module="ssmkit.native.ssd_cuda"),
     Backend("triton", device="cuda", module="ssmkit.kernels.ssd"),
     Backend("cpu", device="cpu", module="ssmkit.native.ssd"),
 )

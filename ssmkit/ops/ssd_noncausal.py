@@ -29,6 +29,7 @@ from ssmkit.ops._define import absent, acc_dtype, define, flat_rows, gradients, 
 from ssmkit.ops.selective_scan import SOFTPLUS_THRESHOLD, _walks, flags_of
 
 BACKENDS = (
+    Backend("cuda", device="cuda", module="ssmkit.native.ssd_noncausal_cuda"),
     Backend("triton", device="cuda", module="ssmkit.kernels.ssd_noncausal"),
     Backend("cpu", device="cpu", module="ssmkit.native.ssd_noncausal"),
 )

@@ -19,6 +19,7 @@ from ssmkit.ops._define import acc_dtype, define
 from ssmkit.ops.selective_scan import SOFTPLUS_THRESHOLD
 
 BACKENDS = (
+    Backend("cuda", device="cuda", module="ssmkit.native.ssd_step_cuda"),
     Backend("triton", device="cuda", module="ssmkit.kernels.ssd_step"),
     Backend("cpu", device="cpu", module="ssmkit.native.ssd_step"),
 )

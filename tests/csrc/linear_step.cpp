@@ -13,12 +13,15 @@ void run(DType dtype, std::int64_t batch, std::int64_t in, std::int64_t out, boo
   Tensor x(dtype, batch, in, in + 3), weight(dtype, out, in, in + 5), b(dtype, 1, out), y(dtype, batch, out);
   for (Tensor* tensor : {&x, &weight, &b}) tensor->random(1.0);
   const Numbers left = x.values(), right = weight.values(), add = b.values();
-  Numbers expected;
+  Numbers expected, size;
   for (std::int64_t row = 0; row < batch; ++row)
     for (std::int64_t o = 0; o < out; ++o) {
-      double total = bias ? add[o] : 0.0;
-      for (std::int64_t k = 0; k < in; ++k) total += left[row * in + k] * right[o * in + k];
-      expected.push_back(total);
+      double total = bias ? add[o] : 0.0, terms = std::fabs(total);
+      for (std::int64_t k = 0; k < in; ++k) {
+        const double term = left[row * in + k] * right[o * in + k];
+        total += term, terms += std::fabs(term);
+      }
+      expected.push_back(total), size.push_back(terms);
     }
 
   LinearStepParams p;
@@ -27,7 +30,7 @@ void run(DType dtype, std::int64_t batch, std::int64_t in, std::int64_t out, boo
   p.x = x.data(), p.weight = weight.data(), p.bias = bias ? b.data() : nullptr, p.y = y.data();
   p.x_stride = x.stride(), p.weight_stride = weight.stride();
   SSMKIT_CPU(linear_step)(p);
-  testing::close("y", y.values(), expected, dtype);
+  testing::close("y", y.values(), expected, size, dtype);
 }
 
 const testing::Case kShapes("every dtype, any number of rows and features", [] {

@@ -29,12 +29,16 @@ def cotangents(inputs, nseq=None):
     return {"y": dy, "state": state}
 
 
-def check(name, actual, expected, dtype, backend):
+def check(name, actual, expected, dtype, backend, ddt=None):
     """One result within the bounds of its arithmetic."""
     slack = 1.0
     if name in ("dA", "dD", "ddt_bias"):
         # A few sums over all tokens, whose terms cancel: the rounding of the terms is large beside the result.
         slack = CANCELLATION
+    if name == "ddt_bias" and ddt is not None:
+        # The sums of ddt: the few of them that come may cancel to a hundredth of their terms, which are known here.
+        terms = ddt.abs().sum((0, 1))
+        slack = max(slack, float(terms.norm() / expected.norm()))
     if backend == "triton" and dtype.itemsize == 2:
         # tl.dot takes its operands in the dtype of x, so that states and gradients carry its rounding too, several times.
         actual, slack = actual.to(dtype), max(slack, 4.0)
@@ -49,7 +53,7 @@ def compare(inputs, backend, nseq=None, **options):
     expected = run(ssd_noncausal, to_double(inputs), weights, backend="reference", **options)
     assert actual.keys() == expected.keys()
     for name in actual:
-        check(name, actual[name], expected[name], inputs["x"].dtype, backend)
+        check(name, actual[name], expected[name], inputs["x"].dtype, backend, expected.get("ddt"))
 
 
 @backends
