@@ -23,7 +23,8 @@ shape before it was timed. Rivals get the memory layout they are fastest in (cha
 allocator that does not map large temporaries anew. "Of the limit" compares with the larger of the bytes that must move
 at the copy rate and the exponentials and multiply-adds at their rates, each measured beside the op in every round; it
 is an upper bound that no implementation need be able to reach. Peak memory counts inputs, output and gradients too, and
-is given as a multiple of these. "Exclusive windows" ran under the real-time scheduler on a machine that was in use.
+is given as a multiple of these. "Exclusive windows" ran under the real-time scheduler on a machine that was in use; the
+rates of the machine were measured outside them, and where a share of the limit exceeds 100 % they were too low.
 """
 
 
