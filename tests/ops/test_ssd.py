@@ -460,7 +460,7 @@ BAD = {
     "resets of floats": ({"resets": torch.zeros(2, 6)}, "resets must be of dtype bool"),
     "offsets of a batch": ({"cu_seqlens": torch.tensor([0, 6]), "initial_state": None}, "x must have batch 1, got 2"),
     "another device": ({"D": torch.zeros(4, device="meta")}, "D must be on cpu like x, got meta"),
-    "unknown backend": ({"backend": "cudnn"}, "backend must be one of auto, reference, triton, cpu; got 'cudnn'"),
+    "unknown backend": ({"backend": "cudnn"}, "backend must be one of auto, reference, cuda, triton, cpu; got 'cudnn'"),
 }  # fmt: skip
 
 

@@ -295,7 +295,7 @@ BAD = {
     "a mask of numbers": ({"mask": torch.ones(2, 6)}, "mask must be of dtype bool"),
     "packed rows": ({"cu_seqlens": torch.tensor([0, 6])}, "cu_seqlens packs sequences into one row"),
     "another device": ({"A": torch.zeros(4, device="meta")}, "A must be on cpu like x, got meta"),
-    "unknown backend": ({"backend": "simd"}, "backend must be one of auto, reference, triton, cpu"),
+    "unknown backend": ({"backend": "simd"}, "backend must be one of auto, reference, cuda, triton, cpu"),
 }  # fmt: skip
 
 

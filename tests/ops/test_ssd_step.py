@@ -232,7 +232,7 @@ BAD = {
     "slots of floats": ({"state_indices": torch.zeros(2)}, "state_indices must be of dtype int32, int64"),
     "too many slots": ({"state_indices": torch.zeros(3, dtype=torch.int64)}, r"state_indices must have shape \(2,\)"),
     "another device": ({"A": torch.zeros(4, device="meta")}, "A must be on cpu like x, got meta"),
-    "unknown backend": ({"backend": "simd"}, "backend must be one of auto, reference, triton, cpu"),
+    "unknown backend": ({"backend": "simd"}, "backend must be one of auto, reference, cuda, triton, cpu"),
 }  # fmt: skip
 
 
