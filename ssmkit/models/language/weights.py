@@ -177,7 +177,8 @@ def put(model: LanguageModel, tensors: dict[str, Tensor], *, source: str, device
     if shapes:
         raise ValueError(f"{source}: {some(shapes)}")
     marks = {name: vars(parameter) for name, parameter in model.named_parameters()}
-    placed = {name: tensor.to(device, wanted[name].dtype) for name, tensor in tensors.items()}
+    # Tensors that are read from a file may be mapped from it: without a copy, rewriting the file would end the process.
+    placed = {name: tensor.to(device, wanted[name].dtype, copy=True) for name, tensor in tensors.items()}
     model.load_state_dict(placed, strict=True, assign=True)
     model.tie_weights()
     for name, parameter in model.named_parameters():

@@ -125,6 +125,18 @@ def test_a_loaded_model_is_trained_and_saved_in_its_place(tmp_path):
     assert equal(load(tmp_path), model)
 
 
+def test_a_loaded_model_owns_its_weights(tmp_path):
+    model = official_folder(tmp_path)
+    loaded = load(tmp_path)
+    file = tmp_path / "pytorch_model.bin"
+    size = file.stat().st_size
+    with file.open("r+b") as opened:
+        opened.write(bytes(size))
+    assert equal(loaded, model)
+    torch.save(loaded.state_dict(), file)
+    assert equal(load(tmp_path), model)
+
+
 def test_official_config():
     """A config.json as published with mamba2attn-2.7b."""
     values = {
