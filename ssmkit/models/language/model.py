@@ -98,6 +98,8 @@ class LanguageModel(nn.Module):
             state: From `allocate_inference_cache`; continued and updated in place. With cu_seqlens one per sequence.
             num_last_tokens: Compute logits of the last tokens only; 0 is all.
         """
+        if num_last_tokens < 0:
+            raise ValueError(f"num_last_tokens must be at least 0, got {num_last_tokens}; 0 is all")
         hidden = self.hidden_states(input_ids, mask=mask, resets=resets, cu_seqlens=cu_seqlens, state=state)
         return self.lm_head(hidden[:, -num_last_tokens:] if num_last_tokens else hidden)
 
@@ -120,6 +122,11 @@ class LanguageModel(nn.Module):
 
         `state` is updated in place.
         """
+        if token_ids.ndim not in (1, 2) or token_ids.shape[1:].numel() != 1:
+            raise ValueError(
+                f"token_ids must have shape (batch,) or (batch, 1), got {tuple(token_ids.shape)}; "
+                "use forward(..., state=...) for several tokens"
+            )
         hidden = self.backbone.embedding(token_ids.reshape(-1, 1))
         return project(self.lm_head, self.backbone.step(hidden, state).squeeze(1))
 

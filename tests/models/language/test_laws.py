@@ -215,6 +215,10 @@ def test_calls_that_do_not_fit():
         model(torch.zeros(2, 3, dtype=torch.float64))
     with pytest.raises(ValueError, match="state must hold 3 layers, got 0"):
         model(prompts(), state=[])
+    with pytest.raises(ValueError, match="num_last_tokens must be at least 0, got -1; 0 is all"):
+        model(prompts(), num_last_tokens=-1)
+    with pytest.raises(ValueError, match=r"token_ids must have shape \(batch,\) or \(batch, 1\), got \(2, 3\)"):
+        model.step(torch.zeros(2, 3, dtype=torch.int64), model.allocate_inference_cache(6))
     with pytest.raises(ValueError, match="unknown variant 'mamba-1b', known: mamba-130m"):
         language_model("mamba-1b")
     with pytest.raises(ValueError, match="language models have no option width; they have"):
