@@ -154,6 +154,11 @@ class MHA(nn.Module):
                     raise ValueError("one token after another takes no mask, resets or cu_seqlens; pass state instead")
                 return self.step(x, *state)[0]
         carried = None if state is None else AttentionState(*state)
+        if carried is not None and len(carried.keys) != nseq:
+            raise ValueError(
+                f"state must hold {nseq} sequences, got {len(carried.keys)}; "
+                f"make it with allocate_inference_cache({nseq}, max_seqlen)"
+            )
         qkv, up_gate = project(self.in_proj, x).split((self.qkv_dim, self.mlp_dim), dim=-1)
         if self.d_conv:
             qkv, conv_state = causal_conv1d(
@@ -183,6 +188,8 @@ class MHA(nn.Module):
                 "use forward(..., state=...) for several tokens"
             )
         carried = AttentionState(*state)
+        if len(carried.keys) != len(x):
+            raise ValueError(f"state must hold {len(x)} sequences, one for each row of x, got {len(carried.keys)}")
         qkv, up_gate = project(self.in_proj, x).split((self.qkv_dim, self.mlp_dim), dim=-1)
         if self.d_conv:
             weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias

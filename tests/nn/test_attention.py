@@ -236,6 +236,17 @@ def test_a_full_state_is_refused():
         mha.step(tokens(), *state)
 
 
+def test_a_state_of_another_batch_is_refused():
+    mha = layer(OPTIONS["plain"])
+    for sequences in (1, BATCH + 1):
+        state = mha.allocate_inference_cache(sequences, 11)
+        with pytest.raises(ValueError, match=f"state must hold {BATCH} sequences, got {sequences}"):
+            mha(tokens(), state=state)
+        with pytest.raises(ValueError, match=f"state must hold {BATCH} sequences, one for each row of x"):
+            mha.step(tokens(seqlen=1), *state)
+        assert not state.lengths.any()
+
+
 def test_gated_mlp():
     mlp = GatedMLP(DIM, 20, bias=True).double()
     assert mlp.fc1.weight.shape == (256, DIM)
