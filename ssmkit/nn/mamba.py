@@ -112,7 +112,8 @@ class Mamba(nn.Module):
         if inference_params is not None:
             if state is not None:
                 raise ValueError("state and inference_params both carry the state; give one of them")
-            state = cached_state(self, inference_params, hidden_states.shape[0])
+            nseq = hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+            state = cached_state(self, inference_params, nseq)
             if inference_params.seqlen_offset > 0:
                 if not (mask is None and resets is None and cu_seqlens is None):
                     raise ValueError("one token after another takes no mask, resets or cu_seqlens; pass state instead")
@@ -233,9 +234,12 @@ def cached_state(mixer: Any, inference_params: Any, batch: int) -> Any:
     if mixer.layer_idx is None:
         raise ValueError("layer_idx must be given to the layer before it can keep states in inference_params")
     cache = inference_params.key_value_memory_dict
-    if mixer.layer_idx not in cache:
+    held = cache.get(mixer.layer_idx)
+    if held is not None and (inference_params.seqlen_offset > 0 or len(held[0]) == batch):
+        if inference_params.seqlen_offset == 0:
+            for part, fresh in zip(held, mixer.allocate_inference_cache(batch), strict=True):
+                part.copy_(fresh)
+    else:
+        # None yet, or those of a batch of another size that was read before.
         cache[mixer.layer_idx] = mixer.allocate_inference_cache(batch)
-    elif inference_params.seqlen_offset == 0:
-        for part, fresh in zip(cache[mixer.layer_idx], mixer.allocate_inference_cache(batch), strict=True):
-            part.copy_(fresh)
     return cache[mixer.layer_idx]

@@ -154,6 +154,21 @@ def test_inference_params_like_the_official_ones():
     assert set(cache.key_value_memory_dict) == {3}
 
 
+def test_inference_params_are_read_again_for_other_batches():
+    mixer, hidden = layer(layer_idx=3), tokens()
+    cache = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)
+    with torch.no_grad():
+        for rows in (hidden, hidden[:1], hidden):
+            cache.seqlen_offset = 0
+            first = mixer(rows[:, :10], inference_params=cache)
+            cache.seqlen_offset = 10
+            rest = mixer(rows[:, 10:11], inference_params=cache)
+            torch.testing.assert_close(torch.cat([first, rest], dim=1), mixer(rows))
+        cache.seqlen_offset = 0
+        packed = mixer(hidden.flatten(0, 1)[None], inference_params=cache, cu_seqlens=torch.tensor([0, 11, 22]))
+        torch.testing.assert_close(packed[0].unflatten(0, (2, 11)), mixer(hidden))
+
+
 @every_backend
 @pytest.mark.parametrize("side", ["left", "right", "both", "inside"])
 def test_pads_change_nothing(side, backend):
