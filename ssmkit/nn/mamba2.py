@@ -304,7 +304,6 @@ class Mamba2Simple(Mamba2):
         learnable_init_states: The scan starts from `init_states` (nheads, headdim, d_state), zero at first, shared by all
             sequences. After a reset it is not seen again; pack with cu_seqlens to start each sequence from it.
         activation: "silu" or "swish", which is the same.
-        deterministic: Accepted for compatibility: every run is.
         use_mem_eff_path: The official layer normalises groups of d_inner / ngroups channels on its fused path and all
             channels off it. So does this one; the two agree for one group.
     """
@@ -329,7 +328,6 @@ class Mamba2Simple(Mamba2):
         conv_bias: bool = True,
         chunk_size: int = 256,
         use_mem_eff_path: bool = True,
-        deterministic: bool | None = None,
         layer_idx: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
