@@ -8,7 +8,7 @@ from golden_cases import load
 from torch import nn
 
 from ssmkit.interop.mamba_ssm.models.config_mamba import MambaConfig
-from ssmkit.interop.mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel, create_block
+from ssmkit.interop.mamba_ssm.models.mixer_seq_simple import MambaLMHeadModel, MixerModel, create_block
 from ssmkit.interop.mamba_ssm.modules.block import Block
 from ssmkit.interop.mamba_ssm.modules.mlp import GatedMLP
 from ssmkit.interop.mamba_ssm.ops.triton.layer_norm import RMSNorm
@@ -151,3 +151,20 @@ def test_kinds_of_blocks():
         MambaLMHeadModel(config, {"initializer_range": 1.0})
     with pytest.raises(ValueError, match="unknown entry 'nonsense'"):
         MambaLMHeadModel(MambaConfig(ssm_cfg={"nonsense": 1}))
+
+
+def test_the_mixers_norm_keeps_its_own_epsilon():
+    model = MixerModel(16, 1, 0, 32, {"layer": "Mamba2", "headdim": 8, "d_state": 4}, norm_epsilon=1e-3, rms_norm=True)
+    assert model.layers[0].norm.eps == model.norm_f.eps == 1e-3
+    assert model.layers[0].mixer.norm.eps == 1e-5
+
+
+def test_attention_must_be_told_to_be_causal():
+    """Left out, it would mean False to the official layer, which is another model."""
+    from ssmkit.interop.mamba_ssm.modules.mha import MHA as Official
+
+    with pytest.raises(ValueError, match="give causal=True"):
+        Official(16, 2)
+    with pytest.raises(ValueError, match="causal must be True, got False"):
+        Official(16, 2, causal=False)
+    assert isinstance(Official(16, 2, causal=True), MHA)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ssmkit.interop.mamba_ssm.models.config_mamba import MambaConfig
 from ssmkit.interop.mamba_ssm.modules.block import Block
+from ssmkit.interop.mamba_ssm.modules.mha import MHA
 from ssmkit.interop.mamba_ssm.modules.mlp import GatedMLP
 from ssmkit.interop.mamba_ssm.ops.triton.layer_norm import RMSNorm
 from ssmkit.interop.mamba_ssm.utils.generation import GenerationMixin
@@ -19,7 +20,7 @@ from ssmkit.interop.mamba_ssm.utils.hf import load_config_hf, load_state_dict_hf
 from ssmkit.models.language.config import MIXERS
 from ssmkit.models.language.model import Backbone, initialise
 from ssmkit.models.language.weights import EMBEDDING, HEAD
-from ssmkit.nn import MHA
+from ssmkit.nn import Mamba2
 
 CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
 
@@ -92,6 +93,10 @@ class MixerModel(Backbone):
             rms_norm, residual_in_fp32, fused_add_norm, 1,
         )  # fmt: skip
         super().__init__(config.to_language_model(norm_eps=norm_epsilon), device=device, dtype=dtype)
+        for layer in self.layers:
+            # norm_epsilon is that of the blocks' norms; the official mixer keeps its own.
+            if isinstance(layer.mixer, Mamba2) and layer.mixer.norm is not None:
+                layer.mixer.norm.eps = 1e-5
 
     def forward(self, input_ids: Tensor, inference_params: Any = None, **mixer_kwargs: Any) -> Tensor:  # type: ignore[override]
         """Hidden states (batch, seqlen, d_model) of tokens (batch, seqlen); mixer_kwargs go to every mixer."""
