@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterable
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from ssmkit.interop.finder import Served
 
 # Folders of transformers.models whose mixers call the functions below.
@@ -37,6 +39,23 @@ FUNCTIONS = {
 }
 # Shortcuts of training, which answer None where there is no fused kernel: the mixer then calls the functions above.
 FUSED = ("mamba_inner_fn", "mamba2_split_conv1d_scan_combined")
+# What models hand down to their kernels besides, which says nothing about the tokens' order ...
+IGNORED = frozenset(
+    {
+        "logits_to_keep",
+        "num_items_in_batch",
+        "output_attentions",
+        "output_hidden_states",
+        "output_router_logits",
+        "return_dict",
+        "token_type_ids",
+        "use_associative_scan",
+        "use_cache",
+        "use_mambapy",
+    }
+)
+# ... and what says where packed sequences lie, as seq_idx does; with it, these say it a second time.
+OFFSETS = frozenset({"cu_seqlens", "cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"})
 
 _REPLACED: dict[str, dict[str, Any]] = {}
 
@@ -50,30 +69,41 @@ def use_kernels(models: Iterable[str] = MODELS) -> "Served":
         ssmkit.interop.transformers.use_kernels()              for the rest of the process
         with ssmkit.interop.transformers.use_kernels(): ...    for a while
 
+    A model's call then raises ValueError for a keyword that would change the numbers and that the kernels do not know.
+
     Args:
         models: Folders of transformers.models, of those in MODELS.
     Returns:
         The models now served, whose kernels leaving the context takes away again; so does `restore`.
     Raises:
         ImportError: transformers is missing, or calls its kernels in another way than the versions known here (5.23).
+            No model is changed then.
     """
-    wanted = tuple(models)
-    for name in wanted:
-        if name not in MODELS:
-            raise ValueError(f"models must be of {', '.join(MODELS)}; got {name!r}")
-    added = []
-    for name in wanted:
-        if name not in _REPLACED:
-            _replace(name)
-            added.append(name)
+    added: list[str] = []
+    try:
+        for name in _checked(models):
+            if name not in _REPLACED:
+                _replace(name)
+                added.append(name)
+    except BaseException:
+        restore(added)
+        raise
     return Served(sorted(_REPLACED), lambda: restore(added))
 
 
 def restore(models: Iterable[str] = MODELS) -> None:
-    """Give models their own functions back."""
-    for name in models:
+    """Give models their own functions back; those that are not served keep what they have."""
+    for name in _checked(models):
         for function, original in _REPLACED.pop(name, {}).items():
             setattr(_modeling(name), function, original)
+
+
+def _checked(models: Iterable[str]) -> tuple[str, ...]:
+    wanted = (models,) if isinstance(models, str) else tuple(models)
+    for name in wanted:
+        if name not in MODELS:
+            raise ValueError(f"models must be of {', '.join(MODELS)}; got {name!r}")
+    return wanted
 
 
 def _modeling(name: str) -> ModuleType:
@@ -107,12 +137,38 @@ def _in_place_of(name: str, original: Callable[..., Any], packs: bool) -> Callab
 
     @functools.wraps(original)
     def call(*args: Any, **kwargs: Any) -> Any:
+        given = {key: value for key, value in kwargs.items() if value is not None}
+        _refuse_unknown(name, given, known, packs)
         if kwargs.get("activation") not in (None, "silu", "swish"):
+            if "seq_idx" in given:
+                raise ValueError(
+                    f"activation must be 'silu' or 'swish' for packed sequences, got {kwargs['activation']!r}; pad them"
+                )
             return original(*args, **kwargs)
-        numbered, offsets = kwargs.get("seq_idx") is not None, kwargs.get("cu_seqlens") is not None
-        if (numbered and not packs) or (offsets and not numbered):
-            way_out = "give seq_idx besides cu_seqlens" if packs else "pad the sequences instead of packing them"
-            raise ValueError(f"{name} cannot keep these packed sequences apart; {way_out}")
         return run(*args, **{key: value for key, value in kwargs.items() if key in known})
 
     return call
+
+
+def _refuse_unknown(name: str, given: dict[str, Any], known: frozenset[str], packs: bool) -> None:
+    """Let through what the function knows or what means nothing to it."""
+    numbered = "seq_idx" in given
+    positions = given.get("position_ids")
+    packed = bool(OFFSETS & given.keys()) or (positions is not None and not numbered and _restarts(positions))
+    if (numbered and not (packs and "seq_idx" in known)) or (packed and not numbered):
+        way_out = "give seq_idx besides" if packs and not numbered else "pad the sequences instead of packing them"
+        raise ValueError(f"{name} cannot keep these packed sequences apart; {way_out}")
+    if given.get("is_causal") is False:
+        raise ValueError(f"is_causal must be True: {name} runs over the tokens in their order; leave it out")
+    unknown = sorted(given.keys() - known - IGNORED - OFFSETS - {"position_ids", "is_causal"})
+    if unknown:
+        raise ValueError(
+            f"{name} got {', '.join(unknown)}, which it does not know and might change the result; "
+            "leave it out of the model's call, or give the model its own kernels back by restore()"
+        )
+
+
+def _restarts(position_ids: torch.Tensor) -> bool:
+    """Whether positions fall after they rose: several sequences in a row, not the constant positions of pads before one."""
+    highest = position_ids.cummax(-1).values
+    return bool(((position_ids < highest) & (highest > position_ids[..., :1])).any())

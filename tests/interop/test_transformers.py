@@ -149,11 +149,34 @@ def test_packed_sequences_of_mamba2_stay_apart():
     with torch.no_grad(), ours.use_kernels(["mamba2"]):
         apart = torch.cat([mixer(hidden[:, :4]), mixer(hidden[:, 4:])], dim=1)
         torch.testing.assert_close(mixer(hidden, seq_idx=seq_idx), apart)
-        with pytest.raises(ValueError, match="give seq_idx besides cu_seqlens"):
-            mixer(hidden, cu_seqlens=torch.tensor([0, 4, 11]))
+        offsets = torch.tensor([0, 4, 11])
+        for packing in (
+            {"cu_seqlens": offsets},
+            {"cu_seq_lens_q": offsets, "max_length_q": 7},
+            {"position_ids": torch.tensor([[*range(4), *range(7)]])},
+        ):
+            with pytest.raises(ValueError, match="give seq_idx besides"):
+                mixer(hidden, **packing)
+            torch.testing.assert_close(mixer(hidden, seq_idx=seq_idx, **packing), apart)
     mixer = tiny("mamba")[0].backbone.layers[0].mixer
     with ours.use_kernels(["mamba"]), pytest.raises(ValueError, match="pad the sequences instead"):
         mixer(hidden, seq_idx=seq_idx)
+
+
+def test_keywords_that_mean_something_are_refused():
+    """What the kernels do not know is passed over only where it cannot change the numbers."""
+    mixer, hidden = tiny("mamba2")[0].backbone.layers[0].mixer, torch.randn(2, 7, 16)
+    padded = torch.tensor([[0, 1, 2, 3, 4, 5, 6], [1, 1, 1, 0, 1, 2, 3]])
+    with torch.no_grad(), ours.use_kernels(["mamba2"]):
+        plain = mixer(hidden)
+        meaningless = {"output_attentions": True, "num_items_in_batch": torch.tensor(3), "cu_seqlens": None}
+        for position_ids in (padded, torch.arange(3, 10)[None]):
+            out = mixer(hidden, **meaningless, is_causal=True, position_ids=position_ids)
+            assert torch.equal(out, plain)
+        with pytest.raises(ValueError, match="causal_conv1d_fn got tree_parents, which it does not know"):
+            mixer(hidden, tree_parents=torch.zeros(2, 7))
+        with pytest.raises(ValueError, match="is_causal must be True"):
+            mixer(hidden, is_causal=False)
 
 
 def test_other_activations_run_their_own_convolution():
@@ -164,6 +187,10 @@ def test_other_activations_run_their_own_convolution():
         expected = model(tokens).logits
         with ours.use_kernels(["mamba2"]):
             torch.testing.assert_close(model(tokens).logits, expected)
+            with pytest.raises(
+                ValueError, match="activation must be 'silu' or 'swish' for packed sequences, got 'gelu'"
+            ):
+                model.backbone(tokens, seq_idx=torch.zeros(2, 9, dtype=torch.int32))
 
 
 def test_served_models_are_counted_once_and_given_back():
@@ -176,9 +203,16 @@ def test_served_models_are_counted_once_and_given_back():
     assert all(getattr(modeling, name) is function for name, function in own.items())
     with pytest.raises(ValueError, match=r"models must be of mamba, .*; got 'gpt2'"):
         ours.use_kernels(["gpt2"])
+    with pytest.raises(ValueError, match=r"models must be of mamba, .*; got 'gpt2'"):
+        ours.restore(["gpt2"])
 
 
-def test_an_unknown_way_of_calling_kernels_is_refused(monkeypatch):
+def test_an_unknown_way_of_calling_kernels_changes_no_model(monkeypatch):
+    """The models before the one that fails get their own functions back; those served by an earlier call stay so."""
+    own = ours._modeling("mamba2").causal_conv1d_fn
     monkeypatch.delattr(ours._modeling("bamba"), "causal_conv1d_fn")
+    ours.use_kernels(["jamba"])
     with pytest.raises(ImportError, match=r"does not call causal_conv1d_fn in models\.bamba"):
-        ours.use_kernels(["bamba"])
+        ours.use_kernels(["mamba2", "jamba", "bamba"])
+    assert ours._modeling("mamba2").causal_conv1d_fn is own
+    assert ours.use_kernels([]) == ("jamba",)
