@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ssmkit.ops.selective_scan import ScanOutput, selective_scan
+from ssmkit.ops import selective_scan
+from ssmkit.ops._walk import ScanOutput
 from ssmkit.testing import selective_scan_inputs
 
 from . import Absent, Bench, Prepared, Rival, compiled_anew, ggml, official, register

@@ -15,7 +15,7 @@ from ssmkit.nn.linear import project
 from ssmkit.nn.mamba import MambaState, cached_state, initial_dt_bias
 from ssmkit.nn.rms_norm import RMSNorm
 from ssmkit.ops import causal_conv1d, causal_conv1d_step, ssd, ssd_step
-from ssmkit.ops._check import check_dtype, check_shape
+from ssmkit.ops._check import check_dtype, check_limits, check_shape
 
 
 class Mamba2(nn.Module):
@@ -109,8 +109,7 @@ class Mamba2(nn.Module):
             raise ValueError(f"A_init_range must be (low, high) with 0 < low <= high, got {tuple(A_init_range)}")
         if not 0 < dt_min <= dt_max:
             raise ValueError(f"step sizes need 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
-        if len(dt_limit) != 2 or not dt_limit[0] <= dt_limit[1]:
-            raise ValueError(f"dt_limit must be (low, high) with low <= high, got {tuple(dt_limit)}")
+        check_limits(dt_limit)
         self.D_has_hdim, self.dt_limit = D_has_hdim, (float(dt_limit[0]), float(dt_limit[1]))
         self.d_mlp, self.conv_dim = self.d_inner - self.d_ssm, self.d_ssm + 2 * ngroups * d_state
         self.layer_idx = layer_idx

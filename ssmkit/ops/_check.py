@@ -34,6 +34,14 @@ def check_dtype(name: str, tensor: Tensor, allowed: Sequence[torch.dtype], why: 
         )
 
 
+def parameter_dtypes(x: Tensor, name: str = "x") -> tuple[tuple[torch.dtype, ...], str]:
+    """Dtypes of a parameter beside `x`, and why: a lower precision is widened, a wider one would be narrowed."""
+    why = f"because {name} is {str(x.dtype).removeprefix('torch.')}"
+    if x.is_complex():
+        return (COMPLEXES if x.dtype == torch.complex128 else COMPLEXES[:1]), why
+    return (FLOATS if x.dtype == torch.float64 else FLOATS[:3]), why
+
+
 def check_device(like: Tensor, like_name: str = "x", /, **tensors: Tensor | None) -> None:
     """Every tensor given must lie on the device of `like`, which the message calls `like_name`."""
     for name, tensor in tensors.items():
@@ -85,6 +93,67 @@ def check_cu_seqlens(cu_seqlens: Tensor, batch: int, seqlen: int, name: str = "x
             raise ValueError(f"cu_seqlens must not descend: entry {place + 1} is {end} after {start}")
     if seen is not None:
         cu_seqlens._ssmkit_checked = seen  # type: ignore[attr-defined]
+
+
+def check_limits(dt_limit: Sequence[float]) -> None:
+    """Bounds of the step sizes."""
+    if len(dt_limit) != 2 or not dt_limit[0] <= dt_limit[1]:
+        raise ValueError(f"dt_limit must be (low, high) with low <= high, got {tuple(dt_limit)}")
+
+
+def check_heads(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    z: Tensor | None,
+    dt_bias: Tensor | None,
+    rows: str,
+) -> None:
+    """The inputs that all ops over heads share; `rows` names the axes before those of x's heads and their channels."""
+    check_ndim("x", x, f"{rows}, nheads, headdim")
+    check_dtype("x", x, FLOATS)
+    *before, nheads, headdim = x.shape
+    check_shape("dt", dt, (*before, nheads), f"{rows}, nheads")
+    if z is not None:
+        check_shape("z", z, x.shape, f"{rows}, nheads, headdim")
+    for name, weight in (("B", B), ("C", C)):
+        check_ndim(name, weight, f"{rows}, ngroups, dstate")
+        check_shape(name, weight, (*before, *B.shape[-2:]), f"{rows}, ngroups, dstate")
+    ngroups = B.shape[-2]
+    if ngroups < 1 or nheads % ngroups:
+        raise ValueError(f"B has {ngroups} groups, which must divide nheads {nheads}")
+    for name, tensor in (("dt", dt), ("z", z), ("B", B), ("C", C)):
+        if tensor is not None:
+            check_dtype(name, tensor, (x.dtype,), "like x")
+    if D is not None and D.ndim != 1:
+        check_shape("D", D, (nheads, headdim), "nheads, headdim; or nheads alone")
+    for name, vector in (("A", A), ("D", D), ("dt_bias", dt_bias)):
+        if vector is not None:
+            if vector.ndim != 2 or name != "D":
+                check_shape(name, vector, (nheads,), "nheads")
+            check_dtype(name, vector, *parameter_dtypes(x))
+
+
+def check_step_state(state: Tensor, sizes: Sequence[int], axes: str, x: Tensor, state_indices: Tensor | None) -> None:
+    """A state updated in place: dense, a slot of `sizes` for each row of x or, with state_indices, any number of slots."""
+    batch = x.shape[0]
+    check_ndim("state", state, axes)
+    check_shape("state", state, (batch if state_indices is None else state.shape[0], *sizes), axes)
+    narrow, why = parameter_dtypes(x)
+    check_dtype("state", state, (x.dtype,) if x.dtype == torch.float64 else narrow, why)
+    if not state.is_contiguous():
+        raise ValueError(f"state must be contiguous to be updated in place, got strides {state.stride()}")
+    check_row_indices("state_indices", state_indices, batch)
+
+
+def check_row_indices(name: str, indices: Tensor | None, batch: int) -> None:
+    """One integer for each row of the batch."""
+    if indices is not None:
+        check_shape(name, indices, (batch,), "batch")
+        check_dtype(name, indices, (torch.int32, torch.int64))
 
 
 def check_slots(state_indices: Tensor | None, slots: int) -> None:

@@ -55,14 +55,22 @@ def flat_rows(x: Tensor) -> Tensor:
 
     Views of a wider projection pass untouched; kernels take one row stride for such a tensor.
     """
+    regular = x.shape[0] <= 1 or x.stride(0) == x.shape[1] * x.stride(1)
+    return x if regular and _dense_from(x, 2) else x.contiguous()
+
+
+def dense_rows(x: Tensor) -> Tensor:
+    """`x` itself where everything but its first axis is dense, else a copy."""
+    return x if x.is_contiguous() or _dense_from(x, 1) else x.contiguous()
+
+
+def _dense_from(x: Tensor, axis: int) -> bool:
     dense = 1
-    for size, stride in zip(reversed(x.shape[2:]), reversed(x.stride()[2:]), strict=True):
+    for size, stride in zip(reversed(x.shape[axis:]), reversed(x.stride()[axis:]), strict=True):
         if size != 1 and stride != dense:
-            return x.contiguous()
+            return False
         dense *= size
-    if x.shape[0] > 1 and x.stride(0) != x.shape[1] * x.stride(1):
-        return x.contiguous()
-    return x
+    return True
 
 
 def absent(like: Tensor) -> Tensor:

@@ -23,9 +23,10 @@ from ssmkit.ops._check import (
     check_ndim,
     check_shape,
     check_sizes,
+    parameter_dtypes,
 )
 from ssmkit.ops._define import absent, acc_dtype, define, flat_rows, gradients, present
-from ssmkit.ops.selective_scan import ScanOutput, _walks, _with_restarts, flags_of
+from ssmkit.ops._walk import ScanOutput, flags_of, walks, with_restarts
 from ssmkit.paths import ScanPath
 
 Activation = Literal["silu"] | None
@@ -102,7 +103,7 @@ def causal_conv1d(
     weight, bias = weight.to(acc), None if bias is None else bias.to(acc)
     initial_state = None if initial_state is None else initial_state.to(x.dtype)
     if path is not None:
-        reverse, resets = reverse != path.reversed, _with_restarts(resets, path, x)
+        reverse, resets = reverse != path.reversed, with_restarts(resets, path, x)
     order = None if path is None else path.order(x.device)
     silu = activation == "silu"
 
@@ -168,13 +169,10 @@ def check_taps(x: Tensor, weight: Tensor, bias: Tensor | None, activation: Activ
     check_shape("weight", weight, (x.shape[-1], weight.shape[1]), "dim, width")
     if weight.shape[1] < 1:
         raise ValueError("weight must have at least one tap, got width 0")
-    # A filter of lower precision is widened; a wider one would be narrowed, which is refused.
-    narrow = FLOATS if x.dtype == torch.float64 else FLOATS[:3]
-    why = f"because x is {str(x.dtype).removeprefix('torch.')}"
-    check_dtype("weight", weight, narrow, why)
+    check_dtype("weight", weight, *parameter_dtypes(x))
     if bias is not None:
         check_shape("bias", bias, (x.shape[-1],), "dim")
-        check_dtype("bias", bias, narrow, why)
+        check_dtype("bias", bias, *parameter_dtypes(x))
 
 
 def causal_conv1d_ref(
@@ -194,13 +192,13 @@ def causal_conv1d_ref(
     tokens, width = batch * seqlen, weight.shape[1]
     restart = [False] * tokens if resets is None else resets.flatten().tolist()
     real = [True] * tokens if mask is None else mask.flatten().tolist()
-    walks = _walks(batch, seqlen, cu_seqlens, order, reverse)
+    sequences = walks(batch, seqlen, cu_seqlens, order, reverse)
 
     # Rows of tokens, then of initial states, then one of zeros.
-    entries = len(walks) * (width - 1) if initial_state is not None else 0
+    entries = len(sequences) * (width - 1) if initial_state is not None else 0
     zero = tokens + entries
     taps, last = [[zero] * width for _ in range(tokens)], []
-    for sequence, rows in enumerate(walks):
+    for sequence, rows in enumerate(sequences):
         window = [tokens + sequence * (width - 1) + i if entries else zero for i in range(width - 1)]
         for row in rows:
             if restart[row]:
@@ -219,7 +217,7 @@ def causal_conv1d_ref(
     y_TD = F.silu(v_TD) if silu else v_TD
     if mask is not None:
         y_TD = torch.where(mask.reshape(tokens, 1), y_TD, 0.0)
-    table = torch.tensor(last, dtype=torch.int64, device=x.device).view(len(walks), width - 1)
+    table = torch.tensor(last, dtype=torch.int64, device=x.device).view(len(sequences), width - 1)
     return y_TD.view(batch, seqlen, dim).to(x.dtype), x_RD[table].to(x.dtype)
 
 

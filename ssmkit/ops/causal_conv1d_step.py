@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkit.backends import Backend, choose, load
-from ssmkit.ops._check import FLOATS, check_device, check_dtype, check_ndim, check_shape, check_slots
+from ssmkit.ops._check import FLOATS, check_device, check_dtype, check_row_indices, check_slots, check_step_state
 from ssmkit.ops._define import define
 from ssmkit.ops.causal_conv1d import Activation, check_taps
 
@@ -82,22 +82,12 @@ def _check(
     check_dtype("x", x, FLOATS)
     check_taps(x, weight, bias, activation)
     batch, dim = x.shape[0], x.shape[-1]
-    check_ndim("state", state, "slots, state_len, dim")
-    slots = batch if state_indices is None else state.shape[0]
-    check_shape("state", state, (slots, state.shape[1], dim), "slots, state_len, dim")
+    check_step_state(state, (*state.shape[1:2], dim), "slots, state_len, dim", x, state_indices)
     if state.shape[1] < weight.shape[1] - 1:
         raise ValueError(f"state must hold at least width - 1 = {weight.shape[1] - 1} inputs, got {state.shape[1]}")
     if cache_seqlens is not None and state.shape[1] == 0:
         raise ValueError("state must have an entry to be a ring: leave cache_seqlens out where the width is 1")
-    wide = x.dtype == torch.float64
-    why = f"because x is {str(x.dtype).removeprefix('torch.')}"
-    check_dtype("state", state, (torch.float64,) if wide else FLOATS[:3], why)
-    if not state.is_contiguous():
-        raise ValueError(f"state must be contiguous to be updated in place, got strides {state.stride()}")
-    for name, tensor in (("cache_seqlens", cache_seqlens), ("state_indices", state_indices)):
-        if tensor is not None:
-            check_shape(name, tensor, (batch,), "batch")
-            check_dtype(name, tensor, (torch.int32, torch.int64))
+    check_row_indices("cache_seqlens", cache_seqlens, batch)
     check_device(x, state=state, weight=weight, bias=bias, cache_seqlens=cache_seqlens, state_indices=state_indices)
 
 

@@ -22,9 +22,10 @@ from ssmkit.ops._check import (
     check_ndim,
     check_shape,
     check_sizes,
+    parameter_dtypes,
 )
 from ssmkit.ops._define import absent, acc_dtype, define, flat_rows, gradients, present
-from ssmkit.ops.selective_scan import flags_of
+from ssmkit.ops._walk import flags_of
 
 BACKENDS = (
     Backend("cuda", device="cuda", module="ssmkit.native.linear_scan_cuda"),
@@ -107,16 +108,9 @@ def check(
     check_dtype("b", b, (*FLOATS, *COMPLEXES))
     check_sizes(b, "b")
     batch, seqlen, dim = b.shape
-    # Parameters of lower precision are widened; a wider one would be narrowed, which is refused.
-    parameters: tuple[torch.dtype, ...]
-    if b.is_complex():
-        parameters = COMPLEXES if b.dtype == torch.complex128 else COMPLEXES[:1]
-    else:
-        parameters = FLOATS if b.dtype == torch.float64 else FLOATS[:3]
-    because = f"because b is {str(b.dtype).removeprefix('torch.')}"
     if a.ndim == 1:
         check_shape("a", a, (dim,), "dim")
-        check_dtype("a", a, parameters, because)
+        check_dtype("a", a, *parameter_dtypes(b, "b"))
     else:
         if a.ndim != 3:
             raise ValueError(f"a must have shape (batch, seqlen, dim) or (dim,), got {tuple(a.shape)}")
@@ -131,7 +125,7 @@ def check(
         nseq = cu_seqlens.shape[0] - 1
     if initial_state is not None:
         check_shape("initial_state", initial_state, (nseq, dim), "nseq, dim")
-        check_dtype("initial_state", initial_state, parameters, because)
+        check_dtype("initial_state", initial_state, *parameter_dtypes(b, "b"))
 
 
 def linear_scan_ref(

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkit.backends import Backend, choose, load
-from ssmkit.ops._check import FLOATS, check_device, check_dtype, check_shape
+from ssmkit.ops._check import FLOATS, check_device, check_dtype, check_shape, parameter_dtypes
 from ssmkit.ops._define import absent, acc_dtype, define, gradients, present
 
 MAX_GROUPS = 65535  # programs along the second axis of a grid
@@ -100,15 +100,14 @@ def _check(
         raise ValueError(f"x must have shape (..., dim), got {tuple(x.shape)}")
     check_dtype("x", x, FLOATS)
     dim, acc = x.shape[-1], acc_dtype(x.dtype)
-    name = str(x.dtype).removeprefix("torch.")
-    narrow = FLOATS if acc == torch.float64 else FLOATS[:3]
+    narrow, why = parameter_dtypes(x)
     for label, vector in (("weight", weight), ("bias", bias)):
         if vector is not None:
             check_shape(label, vector, (dim,), "dim")
-            check_dtype(label, vector, narrow, f"because x is {name}")
+            check_dtype(label, vector, narrow, why)
     if residual is not None:
         check_shape("residual", residual, x.shape, "like x")
-        check_dtype("residual", residual, (x.dtype, acc), f"because x is {name}")
+        check_dtype("residual", residual, (x.dtype, acc), why)
     if z is not None:
         check_shape("z", z, x.shape, "like x")
         check_dtype("z", z, (x.dtype,), "like x")

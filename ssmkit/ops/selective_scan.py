@@ -7,8 +7,7 @@ Numbers follow Gu & Dao 2023, "Mamba", arXiv:2312.00752. With A complex the stat
 is kept, and y_l = 2 Re(C_l . h_l) + D x_l.
 """
 
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -26,13 +25,13 @@ from ssmkit.ops._check import (
     check_ndim,
     check_shape,
     check_sizes,
+    parameter_dtypes,
 )
 from ssmkit.ops._define import COMPLEX_OF, REAL_OF, absent, acc_dtype, define, flat_rows, gradients, present
+from ssmkit.ops._walk import ScanOutput, checkpoint_slots, flags_of, step_sizes, walks, with_restarts
 from ssmkit.paths import ScanPath
 
 CHECKPOINT_EVERY = 64  # tokens between the states that backward starts from
-SOFTPLUS_THRESHOLD = 20.0
-RESTART, PAD = 1, 2  # bits of `flags`
 
 
 def complex_states(*, complex_A: bool = False, **_: object) -> str | None:
@@ -45,13 +44,6 @@ BACKENDS = (
     Backend("triton", device="cuda", module="ssmkit.kernels.selective_scan", rejects=complex_states),
     Backend("cpu", device="cpu", module="ssmkit.native.selective_scan"),
 )
-
-
-class ScanOutput(NamedTuple):
-    """What a scan returns when the final state is asked for."""
-
-    y: Tensor
-    final_state: Tensor
 
 
 def selective_scan(
@@ -117,7 +109,7 @@ def selective_scan(
     D, dt_bias = (None if vector is None else vector.to(acc) for vector in (D, dt_bias))
     initial_state = None if initial_state is None else initial_state.to(A.dtype)
     if path is not None:
-        reverse, resets = reverse != path.reversed, _with_restarts(resets, path, x)
+        reverse, resets = reverse != path.reversed, with_restarts(resets, path, x)
     order = None if path is None else path.order(x.device)
 
     chosen = choose("selective_scan", BACKENDS, backend, x, complex_A=A.is_complex())
@@ -157,9 +149,7 @@ def check(
     dstate = A.shape[1]
     check_shape("A", A, (dim, dstate), "dim, dstate")
     acc = acc_dtype(x.dtype)
-    # Parameters of lower precision are widened; a wider one would be narrowed, which is refused.
-    wider = f"because x is {str(x.dtype).removeprefix('torch.')}"
-    narrow = FLOATS if acc == torch.float64 else FLOATS[:3]
+    narrow, wider = parameter_dtypes(x)
     check_dtype("A", A, (*narrow, COMPLEX_OF[acc], torch.complex64), wider)
     for name, tensor in (("dt", dt), ("z", z)):
         if tensor is not None:
@@ -220,21 +210,6 @@ def _weights(weight: Tensor, x: Tensor, A: Tensor) -> Tensor:
     return weight.to(A.dtype) if A.is_complex() or weight.ndim == 2 else weight
 
 
-def _with_restarts(resets: Tensor | None, path: ScanPath, x: Tensor) -> Tensor | None:
-    restarts = path.restarts(x.device)
-    if restarts is None:
-        return resets
-    return restarts.expand(x.shape[:2]) if resets is None else resets | restarts
-
-
-def flags_of(resets: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """One byte per token for the kernels: bit 0 restarts the state, bit 1 marks a pad."""
-    if mask is None:
-        return None if resets is None else resets.to(torch.uint8) * RESTART
-    pads = (~mask).to(torch.uint8) * PAD
-    return pads if resets is None else pads | (resets.to(torch.uint8) * RESTART)
-
-
 def selective_scan_ref(
     x: Tensor,
     dt: Tensor,
@@ -257,14 +232,10 @@ def selective_scan_ref(
     wide = torch.complex128 if A.is_complex() else torch.float64
     real = torch.ones(batch, seqlen, dtype=torch.bool, device=x.device) if mask is None else mask
     # A pad's numbers do not enter at all, so they may be anything.
-    x_BLD, dt_BLD = (torch.where(real[..., None], t.double(), 0.0) for t in (x, dt))
+    x_BLD = torch.where(real[..., None], x.double(), 0.0)
+    dt_BLD = step_sizes(torch.where(real[..., None], dt, 0.0), dt_bias, dt_softplus)
     A_DN = A.to(wide)
     B_BLDN, C_BLDN = (_per_channel(weight, real, dim).to(wide) for weight in (B, C))
-
-    if dt_bias is not None:
-        dt_BLD = dt_BLD + dt_bias.double()
-    if dt_softplus:
-        dt_BLD = F.softplus(dt_BLD, threshold=SOFTPLUS_THRESHOLD)
     dt_BLD = torch.where(real[..., None], dt_BLD, 0.0)
     keep = torch.ones_like(real) if resets is None else ~resets
     zero = A_DN.new_zeros(dim, A.shape[1])
@@ -273,7 +244,7 @@ def selective_scan_ref(
     tokens = [tensor.flatten(0, 1).unbind(0) for tensor in (x_BLD, dt_BLD, B_BLDN, C_BLDN, keep)]
     y_BLD = [torch.empty(0)] * (batch * seqlen)
     final = []
-    for sequence, rows in enumerate(_walks(batch, seqlen, cu_seqlens, order, reverse)):
+    for sequence, rows in enumerate(walks(batch, seqlen, cu_seqlens, order, reverse)):
         h_DN = zero if initial_state is None else initial_state[sequence].to(wide)
         for row in rows:
             x_D, dt_D, B_DN, C_DN, kept = (tensor[row] for tensor in tokens)
@@ -301,17 +272,6 @@ def _per_channel(weight: Tensor, real: Tensor, dim: int) -> Tensor:
     return repeat(weight, "b l g n -> b l (g r) n", r=dim // weight.shape[2])
 
 
-def _walks(batch: int, seqlen: int, cu_seqlens: Tensor | None, order: Tensor | None, reverse: bool) -> list[list[int]]:
-    """For each sequence the rows (b * seqlen + l) it visits, in order."""
-    if cu_seqlens is not None:
-        offsets = cu_seqlens.tolist()
-        walks = [list(range(start, end)) for start, end in pairwise(offsets)]
-    else:
-        tokens = range(seqlen) if order is None else order.tolist()
-        walks = [[b * seqlen + token for token in tokens] for b in range(batch)]
-    return [walk[::-1] for walk in walks] if reverse else walks
-
-
 def _forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     dt_bias: Tensor | None, initial_state: Tensor | None, order: Tensor | None, flags: Tensor | None,
@@ -337,15 +297,8 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     (batch, seqlen, dim), dstate = x.shape, A.shape[1]
     nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-    slots = checkpoint_slots(batch, seqlen, nseq, packed=cu_seqlens is not None) if save else 0
+    slots = checkpoint_slots(batch, seqlen, nseq, CHECKPOINT_EVERY, packed=cu_seqlens is not None) if save else 0
     return x.new_empty(x.shape), A.new_empty(nseq, dim, dstate), A.new_empty(slots, dstate, dim)
-
-
-def checkpoint_slots(batch: int, seqlen: int, nseq: int, *, packed: bool) -> int:
-    """Number of states kept for backward: one before every CHECKPOINT_EVERY-th position of each walk."""
-    if packed:
-        return seqlen // CHECKPOINT_EVERY + nseq
-    return batch * ((seqlen + CHECKPOINT_EVERY - 1) // CHECKPOINT_EVERY)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -12,9 +12,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkit.backends import Backend, choose, load
-from ssmkit.ops._check import FLOATS, check_device, check_dtype, check_ndim, check_shape, check_slots
+from ssmkit.ops._check import (
+    FLOATS,
+    check_device,
+    check_dtype,
+    check_ndim,
+    check_shape,
+    check_slots,
+    check_step_state,
+    parameter_dtypes,
+)
 from ssmkit.ops._define import acc_dtype, define
-from ssmkit.ops.selective_scan import SOFTPLUS_THRESHOLD
+from ssmkit.ops._walk import step_sizes
 
 BACKENDS = (
     Backend("cuda", device="cuda", module="ssmkit.native.selective_state_step_cuda"),
@@ -97,16 +106,8 @@ def _check(
     check_ndim("A", A, "dim, dstate")
     dstate = A.shape[1]
     check_shape("A", A, (dim, dstate), "dim, dstate")
-    check_ndim("state", state, "slots, dim, dstate")
-    slots = batch if state_indices is None else state.shape[0]
-    check_shape("state", state, (slots, dim, dstate), "slots, dim, dstate")
-    wide = x.dtype == torch.float64
-    narrow = FLOATS if wide else FLOATS[:3]
-    why = f"because x is {str(x.dtype).removeprefix('torch.')}"
-    check_dtype("state", state, (torch.float64,) if wide else narrow, why)
-    if not state.is_contiguous():
-        raise ValueError(f"state must be contiguous to be updated in place, got strides {state.stride()}")
-    check_dtype("A", A, narrow, why)
+    check_step_state(state, (dim, dstate), "slots, dim, dstate", x, state_indices)
+    check_dtype("A", A, *parameter_dtypes(x))
     for name, tensor in (("dt", dt), ("z", z)):
         if tensor is not None:
             check_shape(name, tensor, (batch, dim), "batch, dim")
@@ -121,10 +122,7 @@ def _check(
     for name, vector in (("D", D), ("dt_bias", dt_bias)):
         if vector is not None:
             check_shape(name, vector, (dim,), "dim")
-            check_dtype(name, vector, narrow, why)
-    if state_indices is not None:
-        check_shape("state_indices", state_indices, (batch,), "batch")
-        check_dtype("state_indices", state_indices, (torch.int32, torch.int64))
+            check_dtype(name, vector, *parameter_dtypes(x))
     check_device(x, state=state, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, state_indices=state_indices)
 
 
@@ -144,11 +142,7 @@ def selective_state_step_ref(
     """The equations in float64; updates `state`."""
     slots = torch.arange(x.shape[0], device=x.device) if state_indices is None else state_indices.long()
     used = slots >= 0
-    x_BD, dt_BD, A_DN = x.double(), dt.double(), A.double()
-    if dt_bias is not None:
-        dt_BD = dt_BD + dt_bias.double()
-    if dt_softplus:
-        dt_BD = F.softplus(dt_BD, threshold=SOFTPLUS_THRESHOLD)
+    x_BD, dt_BD, A_DN = x.double(), step_sizes(dt, dt_bias, dt_softplus), A.double()
     B_BDN, C_BDN = (weight.double().repeat_interleave(x.shape[1] // weight.shape[1], dim=1) for weight in (B, C))
     h_BDN = state[slots.clamp(min=0)].double()
     h_BDN = torch.exp(dt_BD[..., None] * A_DN) * h_BDN + (dt_BD * x_BD)[..., None] * B_BDN

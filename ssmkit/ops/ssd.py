@@ -19,17 +19,18 @@ from torch import Tensor
 
 from ssmkit.backends import Backend, choose, load
 from ssmkit.ops._check import (
-    FLOATS,
     check_cu_seqlens,
     check_device,
     check_dtype,
     check_flag,
-    check_ndim,
+    check_heads,
+    check_limits,
     check_shape,
     check_sizes,
+    parameter_dtypes,
 )
 from ssmkit.ops._define import absent, acc_dtype, define, flat_rows, gradients, present
-from ssmkit.ops.selective_scan import SOFTPLUS_THRESHOLD, ScanOutput, _walks, flags_of
+from ssmkit.ops._walk import ScanOutput, checkpoint_slots, flags_of, step_sizes, walks
 
 BACKENDS = (
     Backend("cuda", device="cuda", module="ssmkit.native.ssd_cuda"),
@@ -150,32 +151,9 @@ def check(
     chunk: int | None,
 ) -> None:
     """Refuse what no backend may see."""
-    check_ndim("x", x, "batch, seqlen, nheads, headdim")
-    check_dtype("x", x, FLOATS)
+    check_heads(x, dt, A, B, C, D, z, dt_bias, "batch, seqlen")
     check_sizes(x)
     batch, seqlen, nheads, headdim = x.shape
-    # Parameters of lower precision are widened; a wider one would be narrowed, which is refused.
-    wider = f"because x is {str(x.dtype).removeprefix('torch.')}"
-    narrow = FLOATS if acc_dtype(x.dtype) == torch.float64 else FLOATS[:3]
-    check_shape("dt", dt, (batch, seqlen, nheads), "batch, seqlen, nheads")
-    if z is not None:
-        check_shape("z", z, x.shape, "batch, seqlen, nheads, headdim")
-    for name, weight in (("B", B), ("C", C)):
-        check_ndim(name, weight, "batch, seqlen, ngroups, dstate")
-        check_shape(name, weight, (batch, seqlen, *B.shape[2:]), "batch, seqlen, ngroups, dstate")
-    ngroups, dstate = B.shape[2:]
-    if ngroups < 1 or nheads % ngroups:
-        raise ValueError(f"B has {ngroups} groups, which must divide nheads {nheads}")
-    for name, tensor in (("dt", dt), ("z", z), ("B", B), ("C", C)):
-        if tensor is not None:
-            check_dtype(name, tensor, (x.dtype,), "like x")
-    if D is not None and D.ndim != 1:
-        check_shape("D", D, (nheads, headdim), "nheads, headdim; or nheads alone")
-    for name, vector in (("A", A), ("D", D), ("dt_bias", dt_bias)):
-        if vector is not None:
-            if vector.ndim != 2 or name != "D":
-                check_shape(name, vector, (nheads,), "nheads")
-            check_dtype(name, vector, narrow, wider)
     check_flag("resets", resets, batch, seqlen)
     check_flag("mask", mask, batch, seqlen)
     check_device(
@@ -187,14 +165,13 @@ def check(
         check_cu_seqlens(cu_seqlens, batch, seqlen)
         nseq = cu_seqlens.shape[0] - 1
     if initial_state is not None:
-        shape: tuple[int, ...] = (nseq, nheads, headdim, dstate)
+        shape: tuple[int, ...] = (nseq, nheads, headdim, B.shape[3])
         axes = "nseq, nheads, headdim, dstate"
         if bidirectional:
             shape, axes = (2, *shape), f"walks, {axes}"
         check_shape("initial_state", initial_state, shape, axes)
-        check_dtype("initial_state", initial_state, narrow, wider)
-    if len(dt_limit) != 2 or not dt_limit[0] <= dt_limit[1]:
-        raise ValueError(f"dt_limit must be (low, high) with low <= high, got {tuple(dt_limit)}")
+        check_dtype("initial_state", initial_state, *parameter_dtypes(x))
+    check_limits(dt_limit)
     if bidirectional and reverse:
         raise ValueError("bidirectional walks both ways already: give either reverse or bidirectional, not both")
     if chunk is not None and chunk < 1:
@@ -267,12 +244,8 @@ def ssd_ref(
     real = torch.ones(batch, seqlen, dtype=torch.bool, device=x.device) if mask is None else mask
     # A pad's numbers do not enter at all, so they may be anything.
     x_BLHP, B_BLGN, C_BLGN = (torch.where(real[..., None, None], t.double(), 0.0) for t in (x, B, C))
-    dt_BLH = torch.where(real[..., None], dt.double(), 0.0)
-    if dt_bias is not None:
-        dt_BLH = dt_BLH + dt_bias.double()
-    if dt_softplus:
-        dt_BLH = F.softplus(dt_BLH, threshold=SOFTPLUS_THRESHOLD)
-    dt_BLH = torch.where(real[..., None], dt_BLH.clamp(dt_min, dt_max), 0.0)
+    dt_BLH = step_sizes(torch.where(real[..., None], dt, 0.0), dt_bias, dt_softplus, (dt_min, dt_max))
+    dt_BLH = torch.where(real[..., None], dt_BLH, 0.0)
     B_BLHN, C_BLHN = (repeat(t, "b l g n -> b l (g r) n", r=nheads // t.shape[2]) for t in (B_BLGN, C_BLGN))
     keep = torch.ones_like(real) if resets is None else ~resets
 
@@ -281,7 +254,7 @@ def ssd_ref(
     y, finals = torch.zeros_like(rows[0]), []
     for way, backwards in enumerate((False, True) if bidirectional else (reverse,)):
         final = []
-        for sequence, walk in enumerate(_walks(batch, seqlen, cu_seqlens, None, backwards)):
+        for sequence, walk in enumerate(walks(batch, seqlen, cu_seqlens, None, backwards)):
             at = torch.tensor(walk, dtype=torch.long, device=x.device)
             h_HPN = x_BLHP.new_zeros(nheads, headdim, B.shape[3])
             if initial is not None:
@@ -371,13 +344,6 @@ def _forward_fake(
         A.new_empty(*ways, slots, nheads, dstate, headdim),
         A.new_empty(x.shape if save and z is not None else (0,)),
     )
-
-
-def checkpoint_slots(batch: int, seqlen: int, nseq: int, chunk: int, *, packed: bool) -> int:
-    """Number of states kept for backward: the one before each chunk of each walk."""
-    if packed:
-        return seqlen // chunk + nseq
-    return batch * ((seqlen + chunk - 1) // chunk)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

@@ -11,22 +11,12 @@ computes it: the causal recurrence divided through by its decays and run both wa
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkit.backends import Backend, choose, load
-from ssmkit.ops._check import (
-    FLOATS,
-    check_cu_seqlens,
-    check_device,
-    check_dtype,
-    check_flag,
-    check_ndim,
-    check_shape,
-    check_sizes,
-)
+from ssmkit.ops._check import check_cu_seqlens, check_device, check_flag, check_heads, check_sizes
 from ssmkit.ops._define import absent, acc_dtype, define, flat_rows, gradients, present
-from ssmkit.ops.selective_scan import SOFTPLUS_THRESHOLD, _walks, flags_of
+from ssmkit.ops._walk import flags_of, step_sizes, walks
 
 BACKENDS = (
     Backend("cuda", device="cuda", module="ssmkit.native.ssd_noncausal_cuda"),
@@ -117,28 +107,9 @@ def _check(
     mask: Tensor | None,
     cu_seqlens: Tensor | None,
 ) -> None:
-    check_ndim("x", x, "batch, seqlen, nheads, headdim")
-    check_dtype("x", x, FLOATS)
+    check_heads(x, dt, A, B, C, D, None, dt_bias, "batch, seqlen")
     check_sizes(x)
-    batch, seqlen, nheads, headdim = x.shape
-    wider = f"because x is {str(x.dtype).removeprefix('torch.')}"
-    narrow = FLOATS if x.dtype == torch.float64 else FLOATS[:3]
-    check_shape("dt", dt, (batch, seqlen, nheads), "batch, seqlen, nheads")
-    for name, weight in (("B", B), ("C", C)):
-        check_ndim(name, weight, "batch, seqlen, ngroups, dstate")
-        check_shape(name, weight, (batch, seqlen, *B.shape[2:]), "batch, seqlen, ngroups, dstate")
-    ngroups = B.shape[2]
-    if ngroups < 1 or nheads % ngroups:
-        raise ValueError(f"B has {ngroups} groups, which must divide nheads {nheads}")
-    for name, tensor in (("dt", dt), ("B", B), ("C", C)):
-        check_dtype(name, tensor, (x.dtype,), "like x")
-    if D is not None and D.ndim != 1:
-        check_shape("D", D, (nheads, headdim), "nheads, headdim; or nheads alone")
-    for name, vector in (("A", A), ("D", D), ("dt_bias", dt_bias)):
-        if vector is not None:
-            if vector.ndim != 2 or name != "D":
-                check_shape(name, vector, (nheads,), "nheads")
-            check_dtype(name, vector, narrow, wider)
+    batch, seqlen = x.shape[:2]
     check_flag("mask", mask, batch, seqlen)
     check_device(x, dt=dt, A=A, B=B, C=C, D=D, dt_bias=dt_bias, mask=mask, cu_seqlens=cu_seqlens)
     if cu_seqlens is not None:
@@ -163,18 +134,14 @@ def ssd_noncausal_ref(
     real = torch.ones(batch, seqlen, dtype=torch.bool, device=x.device) if mask is None else mask
     # A pad's numbers do not enter at all, so they may be anything.
     x_BLHP, B_BLGN, C_BLGN = (torch.where(real[..., None, None], t.double(), 0.0) for t in (x, B, C))
-    dt_BLH = torch.where(real[..., None], dt.double(), 0.0)
-    if dt_bias is not None:
-        dt_BLH = dt_BLH + dt_bias.double()
-    if dt_softplus:
-        dt_BLH = F.softplus(dt_BLH, threshold=SOFTPLUS_THRESHOLD)
+    dt_BLH = step_sizes(torch.where(real[..., None], dt, 0.0), dt_bias, dt_softplus)
     w_BLH = torch.where(real[..., None], -dt_BLH * A.double(), 0.0)
     head = torch.arange(nheads, device=x.device)
     group = head % B.shape[2] if interleaved_groups else head // (nheads // B.shape[2])
     rows = [t.flatten(0, 1) for t in (w_BLH, x_BLHP, B_BLGN[:, :, group], C_BLGN[:, :, group])]
 
     y, states = torch.zeros_like(rows[1]), []
-    for tokens in _walks(batch, seqlen, cu_seqlens, None, False):
+    for tokens in walks(batch, seqlen, cu_seqlens, None, False):
         at = torch.tensor(tokens, dtype=torch.long, device=x.device)
         w_LH, x_LHP, B_LHN, C_LHN = (t.index_select(0, at) for t in rows)
         states.append(torch.einsum("lh,lhp,lhn->hpn", w_LH, x_LHP, B_LHN))

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssmkit.backends import Backend, choose, load
-from ssmkit.ops._check import FLOATS, check_device, check_dtype, check_ndim, check_shape, check_slots
-from ssmkit.ops._define import acc_dtype, define
-from ssmkit.ops.selective_scan import SOFTPLUS_THRESHOLD
+from ssmkit.ops._check import check_device, check_heads, check_limits, check_slots, check_step_state
+from ssmkit.ops._define import acc_dtype, define, dense_rows
+from ssmkit.ops._walk import step_sizes
 
 BACKENDS = (
     Backend("cuda", device="cuda", module="ssmkit.native.ssd_step_cuda"),
@@ -98,44 +98,11 @@ def _check(
     dt_limit: tuple[float, float],
     state_indices: Tensor | None,
 ) -> None:
-    check_ndim("x", x, "batch, nheads, headdim")
-    check_dtype("x", x, FLOATS)
-    batch, nheads, headdim = x.shape
-    wide = x.dtype == torch.float64
-    narrow = FLOATS if wide else FLOATS[:3]
-    why = f"because x is {str(x.dtype).removeprefix('torch.')}"
-    check_ndim("B", B, "batch, ngroups, dstate")
-    ngroups, dstate = B.shape[1:]
-    for name, weight in (("B", B), ("C", C)):
-        check_shape(name, weight, (batch, ngroups, dstate), "batch, ngroups, dstate")
-    if ngroups < 1 or nheads % ngroups:
-        raise ValueError(f"B has {ngroups} groups, which must divide nheads {nheads}")
-    check_shape("dt", dt, (batch, nheads), "batch, nheads")
-    if z is not None:
-        check_shape("z", z, x.shape, "batch, nheads, headdim")
-    for name, tensor in (("dt", dt), ("z", z), ("B", B), ("C", C)):
-        if tensor is not None:
-            check_dtype(name, tensor, (x.dtype,), "like x")
-
-    check_ndim("state", state, "slots, nheads, headdim, dstate")
-    slots = batch if state_indices is None else state.shape[0]
-    check_shape("state", state, (slots, nheads, headdim, dstate), "slots, nheads, headdim, dstate")
-    check_dtype("state", state, (torch.float64,) if wide else narrow, why)
-    if not state.is_contiguous():
-        raise ValueError(f"state must be contiguous to be updated in place, got strides {state.stride()}")
-    if D is not None and D.ndim != 1:
-        check_shape("D", D, (nheads, headdim), "nheads, headdim; or nheads alone")
-    for name, vector in (("A", A), ("D", D), ("dt_bias", dt_bias)):
-        if vector is not None:
-            if vector.ndim != 2 or name != "D":
-                check_shape(name, vector, (nheads,), "nheads")
-            check_dtype(name, vector, narrow, why)
-    if state_indices is not None:
-        check_shape("state_indices", state_indices, (batch,), "batch")
-        check_dtype("state_indices", state_indices, (torch.int32, torch.int64))
+    check_heads(x, dt, A, B, C, D, z, dt_bias, "batch")
+    sizes = (*x.shape[1:], B.shape[2])
+    check_step_state(state, sizes, "slots, nheads, headdim, dstate", x, state_indices)
     check_device(x, state=state, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, state_indices=state_indices)
-    if len(dt_limit) != 2 or not dt_limit[0] <= dt_limit[1]:
-        raise ValueError(f"dt_limit must be (low, high) with low <= high, got {tuple(dt_limit)}")
+    check_limits(dt_limit)
 
 
 def ssd_step_ref(
@@ -156,12 +123,7 @@ def ssd_step_ref(
     """The equations in float64; updates `state`."""
     slots = torch.arange(x.shape[0], device=x.device) if state_indices is None else state_indices.long()
     used = slots >= 0
-    x_BHP, dt_BH = x.double(), dt.double()
-    if dt_bias is not None:
-        dt_BH = dt_BH + dt_bias.double()
-    if dt_softplus:
-        dt_BH = F.softplus(dt_BH, threshold=SOFTPLUS_THRESHOLD)
-    dt_BH = dt_BH.clamp(dt_min, dt_max)
+    x_BHP, dt_BH = x.double(), step_sizes(dt, dt_bias, dt_softplus, (dt_min, dt_max))
     B_BHN, C_BHN = (weight.double().repeat_interleave(x.shape[1] // weight.shape[1], dim=1) for weight in (B, C))
     decay_BH, input_BHP = torch.exp(dt_BH * A.double()), dt_BH[..., None] * x_BHP
     h_BHPN = state[slots.clamp(min=0)].double()
@@ -175,24 +137,12 @@ def ssd_step_ref(
     return torch.where(used[:, None, None], y, 0.0).to(x.dtype)
 
 
-def _dense_rows(rows: Tensor) -> Tensor:
-    """`rows` itself where everything but the batch axis is dense, else a copy."""
-    if rows.is_contiguous():
-        return rows
-    dense = 1
-    for size, stride in zip(reversed(rows.shape[1:]), reversed(rows.stride()[1:]), strict=True):
-        if size != 1 and stride != dense:
-            return rows.contiguous()
-        dense *= size
-    return rows
-
-
 def _step(
     state: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
     dt_bias: Tensor | None, dt_softplus: bool, dt_min: float, dt_max: float, state_indices: Tensor | None, backend: str,
 ) -> Tensor:  # fmt: skip
     check_slots(state_indices, state.shape[0])
-    rows = [None if t is None else _dense_rows(t) for t in (x, dt, B, C, z)]
+    rows = [None if t is None else dense_rows(t) for t in (x, dt, B, C, z)]
     dense = [None if t is None else t.contiguous() for t in (A, dt_bias, state_indices)]
     # One weight for all channels of a head has a stride of zero.
     D = D if D is None or D.stride(1) in (0, 1) else D.contiguous()
