@@ -12,7 +12,9 @@ import functools
 import glob
 import hashlib
 import itertools
+import os
 import sysconfig
+import weakref
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -26,6 +28,7 @@ from torch import Tensor
 Split = Literal["file", "tail"]
 STDLIB = "stdlib"
 SEPARATOR = 0
+BLOCK = 1 << 24  # bytes compressed at a time
 
 
 class TextError(ValueError):
@@ -40,8 +43,25 @@ class Piece(NamedTuple):
     size: int
 
 
+class Stamp(NamedTuple):
+    """Size and time of the last change of a file, by which another content is noticed."""
+
+    size: int
+    changed: int  # ns
+
+    @classmethod
+    def of(cls, status: os.stat_result) -> "Stamp":
+        """From the answer of stat or fstat."""
+        return cls(status.st_size, status.st_mtime_ns)
+
+
 class Text:
-    """Pieces of files as one row of bytes, a NUL before each. Files are mapped into memory while they are read."""
+    """Pieces of files as one row of bytes, a NUL before each.
+
+    What is asked for is read from the files each time, so a text may be larger than memory, and processes that were
+    forked from this one, or were sent a pickle, read on. A file that is written to meanwhile is refused with a TextError;
+    one that is replaced by another under its name is read on as it was where it is still open, else refused.
+    """
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
         self.pieces = [piece for piece in pieces if piece.size > 0]
@@ -49,6 +69,7 @@ class Text:
             raise TextError(f"a text needs at least one byte, got none in {', '.join(str(p.path) for p in pieces[:3])}")
         sizes = np.array([piece.size for piece in self.pieces], np.int64)
         self.starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(sizes + 1)])
+        self.stamps = {path: Stamp.of(path.stat()) for path in {piece.path for piece in self.pieces}}
 
     @classmethod
     def of(cls, *paths: str | Path) -> "Text":
@@ -69,13 +90,14 @@ class Text:
         names = "\n".join(f"{piece.path.name} {piece.first} {piece.size}" for piece in self.pieces)
         return hashlib.sha256(names.encode("utf-8", "surrogateescape")).hexdigest()[:16]
 
-    def contents(self, index: int) -> NDArray[np.uint8]:
-        """The bytes of one piece."""
+    def contents(self, index: int, at: int = 0, count: int | None = None) -> NDArray[np.uint8]:
+        """The bytes of one piece, from `at` on and at most `count` of them."""
         piece = self.pieces[index]
-        whole = mapped(piece.path)
-        if len(whole) < piece.first + piece.size:
+        stamp = self.stamps[piece.path]
+        if stamp.size < piece.first + piece.size:
             raise TextError(f"{piece.path} has become shorter since it was opened; start again")
-        return whole[piece.first : piece.first + piece.size]
+        left = piece.size - at
+        return opened(piece.path, stamp).read(piece.first + at, left if count is None else min(count, left))
 
     def read(self, start: int, count: int) -> NDArray[np.uint8]:
         """Bytes start .. start + count of the row, which begins again where it ends."""
@@ -86,16 +108,38 @@ class Text:
         while filled < count:
             if at < 0:
                 filled, at = filled + 1, 0
-            part = self.contents(index)[at : at + count - filled]
+            part = self.contents(index, at, count - filled)
             row[filled : filled + len(part)] = part
             filled, index, at = filled + len(part), (index + 1) % len(self.pieces), -1
         return row
 
 
+class OpenFile:
+    """A file that is read as it was when its stamp was taken; closed with the last reference."""
+
+    def __init__(self, path: Path, stamp: Stamp) -> None:
+        self.path, self.stamp = path, stamp
+        self.descriptor = os.open(path, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
+
+    def read(self, start: int, count: int) -> NDArray[np.uint8]:
+        """Bytes start .. start + count. Nothing is mapped: a mapped file that is cut short would end the process."""
+        bytes_read, filled = np.empty(count, np.uint8), 0
+        while filled < count:
+            got = os.preadv(self.descriptor, [bytes_read[filled:].data], start + filled)
+            if got == 0:
+                break
+            filled += got
+        # Looked at afterwards: a change before or during the reading shows.
+        if filled < count or Stamp.of(os.fstat(self.descriptor)) != self.stamp:
+            raise TextError(f"{self.path} has changed since it was opened; start again")
+        return bytes_read
+
+
 @functools.lru_cache(maxsize=128)
-def mapped(path: Path) -> NDArray[np.uint8]:
-    """A file's bytes, mapped into memory; the files read last stay open."""
-    return np.memmap(path, np.uint8, mode="r")
+def opened(path: Path, stamp: Stamp) -> OpenFile:
+    """A file with this stamp; the files read last stay open."""
+    return OpenFile(path, stamp)
 
 
 def text_files(sources: Sequence[str]) -> list[Path]:
@@ -279,9 +323,11 @@ def gzip_bits_per_byte(text: Text) -> GzipRate:
     each, together = 0, zlib.compressobj(9, wbits=31)
     length = 0
     for index in range(len(text.pieces)):
-        contents = text.contents(index).data
         alone = zlib.compressobj(9, wbits=31)
-        each += len(alone.compress(contents)) + len(alone.flush())
-        length += len(together.compress(contents))
+        for at in range(0, text.pieces[index].size, BLOCK):
+            block = text.contents(index, at, BLOCK).data
+            each += len(alone.compress(block))
+            length += len(together.compress(block))
+        each += len(alone.flush())
     length += len(together.flush())
     return GzipRate(8 * each / text.nbytes, 8 * length / text.nbytes)

@@ -192,7 +192,7 @@ class HeldOutWatch(Callback):
 def held_out_prompt(text: Text) -> str:
     """The start of the largest held-out file."""
     largest = max(range(len(text.pieces)), key=lambda index: text.pieces[index].size)
-    return bytes(text.contents(largest)[:PROMPT_BYTES]).decode("utf-8", "ignore")
+    return bytes(text.contents(largest, 0, PROMPT_BYTES)).decode("utf-8", "ignore")
 
 
 def write_on(model: LanguageModel, prompt: str, nbytes: int, *, seed: int) -> str:

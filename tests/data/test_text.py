@@ -3,6 +3,10 @@
 import gzip
 import itertools
 import math
+import multiprocessing
+import os
+import pickle
+import weakref
 
 import numpy as np
 import pytest
@@ -15,6 +19,7 @@ from ssmkit.data.text import (
     TextWindows,
     bits_per_byte,
     gzip_bits_per_byte,
+    opened,
     scored_windows,
     some_windows,
     split_text,
@@ -51,6 +56,73 @@ def test_a_file_that_has_shrunk_is_noticed(tmp_path):
     (path,) = make_files(tmp_path, {"a": b"abc"})
     with pytest.raises(TextError, match=r"a has become shorter since it was opened"):
         Text([Piece(path, 0, 4)]).read(0, 3)
+
+
+CHANGES = {
+    "cut short": lambda path: os.truncate(path, 5000),
+    "emptied": lambda path: path.write_bytes(b""),
+    "written anew": lambda path: (path.write_bytes(b"z" * 10_000), os.utime(path, ns=(0, 1))),
+    "longer": lambda path: path.write_bytes(b"z" * 10_001),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("read_before", [False, True], ids=["not yet read", "read before"])
+def test_a_file_that_is_written_to_is_refused(change, read_before, tmp_path):
+    (path,) = make_files(tmp_path, {"corpus": b"a" * 10_000})
+    text = Text.of(path)
+    if read_before:
+        assert text.read(0, 3).tobytes() == b"\0aa"
+    change(path)
+    for start in (0, 100, 9000):
+        with pytest.raises(TextError, match=r"corpus has changed since it was opened; start again"):
+            text.read(start, 50)
+
+
+def test_a_file_that_is_replaced_is_read_on_where_it_is_open(tmp_path):
+    path, other = make_files(tmp_path, {"corpus": b"a" * 100, "other": b"z" * 200})
+    text, unread = Text.of(path), pickle.loads(pickle.dumps(Text.of(path)))
+    assert text.read(1, 3).tobytes() == b"aaa"
+    os.replace(other, path)
+    assert text.read(60, 30).tobytes() == b"a" * 30
+    assert Text.of(path).read(60, 30).tobytes() == b"z" * 30
+    opened.cache_clear()
+    for refused in (text, unread):
+        with pytest.raises(TextError, match=r"corpus has changed since it was opened"):
+            refused.read(60, 30)
+
+
+def in_a_worker(text, answers):
+    answers.put(text.read(2, 4).tobytes())
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+def test_other_processes_read_on(method, tmp_path):
+    """The files that are open here are not moved by what is read elsewhere."""
+    text = Text.of(*make_files(tmp_path, {"a": bytes(range(1, 90))}))
+    assert text.read(0, 3).tobytes() == b"\0\1\2"
+    context = multiprocessing.get_context(method)
+    answers = context.SimpleQueue()
+    worker = context.Process(target=in_a_worker, args=(text, answers))
+    worker.start()
+    assert answers.get() == text.read(2, 4).tobytes() == bytes(range(2, 6))
+    worker.join()
+    assert worker.exitcode == 0
+
+
+def test_only_the_files_read_last_are_open(tmp_path):
+    """More files than stay open, and none is left open behind."""
+    names = {f"{i:03}": bytes([1 + i % 250]) * 3 for i in range(300)}
+    text = Text.of(*make_files(tmp_path, names))
+    assert text.read(0, len(text)).tobytes() == b"".join(b"\0" + content for content in names.values())
+    assert opened.cache_info().currsize == 128
+    alive = [weakref.ref(opened(piece.path, text.stamps[piece.path])) for piece in text.pieces[-3:]]
+    descriptors = [file().descriptor for file in alive]
+    opened.cache_clear()
+    assert [file() for file in alive] == [None] * 3
+    for descriptor in descriptors:
+        with pytest.raises(OSError, match="Bad file descriptor"):
+            os.fstat(descriptor)
 
 
 def test_a_text_without_a_byte_is_refused(tmp_path):
