@@ -2,13 +2,18 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from operator import index
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
     from ssmkit.models.language.model import LanguageModel
+
+
+# Below it fp32 has no reciprocal; two logits that differ are told apart long before.
+COLDEST = 1e-30
 
 
 class Step(NamedTuple):
@@ -38,6 +43,7 @@ class Sampling:
     repetition_penalty: float = 1.0
 
     def __post_init__(self) -> None:
+        whole("top_k", self.top_k)
         for name, allowed, right in (
             ("temperature", "at least 0", self.temperature >= 0),
             ("top_k", "at least 0", self.top_k >= 0),
@@ -62,7 +68,8 @@ class Sampling:
             logits = torch.where(seen, penalised, logits)
         if self.temperature == 0:
             return logits.argmax(-1)
-        kept = self.keep(logits / self.temperature)
+        # The most probable is 0 before it is divided: what overflows, however cold, is the logit of an improbable token.
+        kept = self.keep((logits - logits.amax(-1, keepdim=True)) / max(self.temperature, COLDEST))
         return torch.multinomial(kept.softmax(-1), 1, generator=generator).squeeze(-1)
 
     def keep(self, logits: Tensor) -> Tensor:
@@ -84,6 +91,26 @@ class Sampling:
         return logits
 
 
+def whole(name: str, value: Any) -> int:
+    """An integer, also one of numpy or a tensor of one."""
+    try:
+        return index(value)
+    except TypeError:
+        raise ValueError(f"{name} must be an integer, got {value!r}") from None
+
+
+def token_ids(name: str, given: Any, vocab: int) -> list[int]:
+    """One token or several, however they are held, as a list; empty for None."""
+    if isinstance(given, torch.Tensor) or hasattr(given, "__array__"):
+        given = given.tolist()
+    several = [] if given is None else given if isinstance(given, Sequence) and not isinstance(given, str) else [given]
+    ids = [whole(name, token) for token in several]
+    for token in ids:
+        if not 0 <= token < vocab:
+            raise ValueError(f"{name} must be a token in 0..{vocab - 1}, got {token}")
+    return ids
+
+
 @torch.no_grad()
 def steps(
     model: "LanguageModel",
@@ -95,7 +122,7 @@ def steps(
     top_p: float = 1.0,
     min_p: float = 0.0,
     repetition_penalty: float = 1.0,
-    eos_token_id: int | Sequence[int] | None = None,
+    eos_token_id: int | Sequence[int] | Tensor | None = None,
     pad_token_id: int | None = None,
     mask: Tensor | None = None,
     generator: torch.Generator | None = None,
@@ -107,7 +134,7 @@ def steps(
         input_ids: Prompts of at least one real token                    (batch, seqlen)
         max_new_tokens: At most so many steps; fewer if every row has ended.
         temperature, top_k, top_p, min_p, repetition_penalty: As in `Sampling`.
-        eos_token_id: A row ends with this token, or with one of these.
+        eos_token_id: A row ends with this token, or with one of these: integers, a list, an array or a tensor.
         pad_token_id: What ended rows go on with; by default the (first) eos_token_id.
         mask: True at real tokens of the prompts, pads on either side    (batch, seqlen) bool
         generator: Of random numbers, on the device of the model.
@@ -115,18 +142,21 @@ def steps(
     sampling = Sampling(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty
     )
-    if max_new_tokens < 0:
+    if whole("max_new_tokens", max_new_tokens) < 0:
         raise ValueError(f"max_new_tokens must be at least 0, got {max_new_tokens}")
     if input_ids.ndim != 2 or input_ids.shape[1] == 0:
         raise ValueError(f"input_ids must have shape (batch, seqlen) with seqlen >= 1, got {tuple(input_ids.shape)}")
     if mask is not None and not bool(mask.any(1).all()):
         raise ValueError("mask must leave every row at least one real token")
+    ends = token_ids("eos_token_id", eos_token_id, model.config.padded_vocab_size)
+    pads = token_ids("pad_token_id", pad_token_id, model.config.padded_vocab_size)
+    if len(pads) > 1:
+        raise ValueError(f"pad_token_id must be one token, got {pad_token_id!r}")
     batch, seqlen = input_ids.shape
     if max_new_tokens == 0 or batch == 0:
         return
-    ends = [eos_token_id] if isinstance(eos_token_id, int) else list(eos_token_id or ())
     ending = torch.tensor(ends, device=input_ids.device)
-    pad = pad_token_id if pad_token_id is not None else (ends[0] if ends else 0)
+    pad = pads[0] if pads else (ends[0] if ends else 0)
 
     state = model.allocate_inference_cache(batch, seqlen + max_new_tokens)
     hidden = model.hidden_states(input_ids, mask=mask, state=state)

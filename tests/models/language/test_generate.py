@@ -1,5 +1,8 @@
 """Generation: greedy equals repeated full passes, pads, ends, streams; what sampling keeps and how often it draws."""
 
+import math
+
+import numpy as np
 import pytest
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -82,6 +85,37 @@ def test_rows_end():
     assert torch.equal(every, free[:, :1])
 
 
+ENDS = {
+    "numpy's": lambda eos: np.int64(eos),
+    "an array": lambda eos: np.array([eos, eos]),
+    "a list of numpy's": lambda eos: [np.int32(eos)],
+    "a tensor of no axis": lambda eos: torch.tensor(eos),
+    "a tensor of one": lambda eos: torch.tensor([eos]),
+    "a list of tensors": lambda eos: [torch.tensor(eos)],
+    "a tuple": lambda eos: (eos,),
+}
+
+
+@pytest.mark.parametrize("held", ENDS.values(), ids=ENDS)
+def test_ends_are_held_in_any_way(held):
+    model, ids = make(CONFIGS["mamba1"]), prompts()
+    eos = int(model.generate(ids, 4)[0, 7 + 3])
+    expected = model.generate(ids, 12, eos_token_id=eos)
+    assert torch.equal(model.generate(ids, 12, eos_token_id=held(eos)), expected)
+    assert torch.equal(model.generate(ids, 12, eos_token_id=eos, pad_token_id=np.int64(eos)), expected)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-42, 1e-38, 1e-30, 1e-6])
+def test_cold_draws_take_the_most_probable(temperature):
+    """Among equals any of them; nothing overflows."""
+    rows = torch.tensor([[3e38, -3e38, 0.0], [1e-3, 2e-3, -torch.inf], [7.0, 7.0, 6.999]])
+    for options in ({}, {"top_k": 2}, {"top_p": 0.9}, {"min_p": 0.1}):
+        sampling = Sampling(temperature=temperature, **options)
+        tokens = torch.stack([sampling.draw(rows) for _ in range(20)])
+        assert (tokens[:, 0] == 0).all() and (tokens[:, 1] == 1).all()
+        assert set(tokens[:, 2].tolist()) == {0, 1}
+
+
 def test_seeds_decide():
     model, ids = make(CONFIGS["mamba2, hybrid"]), prompts()
 
@@ -159,7 +193,19 @@ ERRORS = {
     "top_p": ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
     "min_p": ({"min_p": 1.5}, r"min_p must be in \[0, 1\], got 1.5"),
     "penalty": ({"repetition_penalty": 0.0}, "repetition_penalty must be positive, got 0.0"),
+    "temperature of no number": ({"temperature": math.nan}, "temperature must be at least 0, got nan"),
+    "top_k in parts": ({"top_k": 2.5}, "top_k must be an integer, got 2.5"),
+    "top_k as a float": ({"top_k": 2.0}, "top_k must be an integer, got 2.0"),
+    "top_p of more than all": ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
+    "top_p of no number": ({"top_p": math.nan}, r"top_p must be in \(0, 1\], got nan"),
     "tokens": ({"max_new_tokens": -1}, "max_new_tokens must be at least 0, got -1"),
+    "tokens in parts": ({"max_new_tokens": 1.5}, "max_new_tokens must be an integer, got 1.5"),
+    "pad": ({"eos_token_id": 3, "pad_token_id": -7}, r"pad_token_id must be a token in 0\.\.23, got -7"),
+    "two pads": ({"eos_token_id": 3, "pad_token_id": [1, 2]}, r"pad_token_id must be one token, got \[1, 2\]"),
+    "end": ({"eos_token_id": [3, VOCAB]}, r"eos_token_id must be a token in 0\.\.23, got 24"),
+    "end in parts": ({"eos_token_id": torch.tensor([1.5])}, "eos_token_id must be an integer, got 1.5"),
+    "end in rows": ({"eos_token_id": [[1, 2]]}, r"eos_token_id must be an integer, got \[1, 2\]"),
+    "end by name": ({"eos_token_id": "</s>"}, "eos_token_id must be an integer, got '</s>'"),
     "no prompt": ({"input_ids": torch.zeros(2, 0, dtype=torch.int64)}, r"input_ids must have shape .* got \(2, 0\)"),
     "only pads": ({"mask": torch.zeros(3, 7, dtype=torch.bool)}, "mask must leave every row at least one real token"),
 }
