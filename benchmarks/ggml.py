@@ -6,6 +6,7 @@ A library built for this very machine is the fairest rival; the package's is bui
 import ctypes
 import importlib.util
 import os
+import weakref
 from functools import cache
 from pathlib import Path
 
@@ -75,9 +76,7 @@ class Context:
         self.base, self.cpu = library()
         self.nbytes = nbytes
         self.handle = self.base.ggml_init(InitParams(nbytes, None, False))
-
-    def __del__(self) -> None:
-        self.base.ggml_free(self.handle)
+        weakref.finalize(self, self.base.ggml_free, self.handle)
 
     def tensor(self, values: Tensor, *sizes: int) -> int:
         """A copy of `values` under ggml's sizes, the fastest first."""
