@@ -51,7 +51,7 @@ register(
         },
         bytes_read=lambda model, dtype: dtype.itemsize * products(model),
         bytes_moved=bytes_moved,
-        fmas=lambda model, batch: batch * products(model),
+        products=lambda model, batch: batch * products(model),
         slack=language.SLACK,
         reference=language.reference,
         rivals={"transformers": language.on_weights(transformers_step, language.transformers_model)},

@@ -1,5 +1,11 @@
-"""linear_step: one token through the projections and the head of Mamba-130M; what it costs is reading the weight."""
+"""linear_step: one token through the projections and the head of Mamba-130M; what it costs is reading the weight.
 
+Every call takes another copy of the weight, so that it comes from memory, as in a model whose weights no cache holds.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -11,16 +17,19 @@ from ssmkit.testing import linear_step_inputs
 
 from . import Bench, Prepared, Rival, compiled_anew, register
 
-
-def torch_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """What nn.Linear calls."""
-    return F.linear(x, weight)
+COLD_BYTES = 2**28  # of copies in turn: several times the caches of a server
 
 
-def torch_compiled(inputs: dict[str, Any]) -> Prepared:
-    """The same through torch.compile."""
-    compiled = compiled_anew(F.linear)
-    return Prepared(lambda: compiled(inputs["x"], inputs["weight"]))
+def cold(make: Callable[[], Callable[[Tensor, Tensor], Tensor]], **options: Any) -> Rival:
+    """The function that `make` returns, called as (x, weight), the weight a copy not touched for long."""
+
+    def prepare(inputs: dict[str, Any]) -> Prepared:
+        x, weight, function = inputs["x"], inputs["weight"], make()
+        copies = [weight, *(weight.clone() for _ in range(COLD_BYTES // weight.nbytes))]
+        weights = cycle(copies)
+        return Prepared(lambda: function(x, next(weights)), held=sum(copy.nbytes for copy in copies[1:]))
+
+    return Rival(prepare=prepare, **options)
 
 
 def torch_mv(x: Tensor, weight: Tensor) -> Tensor:
@@ -49,7 +58,9 @@ def inputs(batch: int, in_features: int, out_features: int, **options: Any) -> d
 
 register(
     Bench(
-        op=linear_step,
+        name="linear_step",
+        op=cold(lambda: linear_step),
+        reference=partial(linear_step, backend="reference"),
         inputs=inputs,
         shapes={
             "Mamba-130M, in_proj": {"batch": 1, "in_features": 768, "out_features": 3072},
@@ -64,9 +75,9 @@ register(
         bytes_moved=bytes_moved,
         fmas=lambda batch, in_features, out_features: batch * in_features * out_features,
         rivals={
-            "torch linear": torch_linear,
-            "torch linear, compiled": Rival(prepare=torch_compiled),
-            "torch mv": Rival(call=torch_mv, declines=several_rows),
+            "torch linear": cold(lambda: F.linear),
+            "torch linear, compiled": cold(lambda: compiled_anew(F.linear)),
+            "torch mv": cold(lambda: torch_mv, declines=several_rows),
         },
     )
 )

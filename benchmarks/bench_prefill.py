@@ -35,7 +35,7 @@ register(
             for model, title in language.MODELS.items()
         },
         bytes_read=lambda model, dtype: dtype.itemsize * (language.matrices(model) + language.head(model)),
-        fmas=lambda model, batch, seqlen: batch * (seqlen * language.matrices(model) + language.head(model)),
+        products=lambda model, batch, seqlen: batch * (seqlen * language.matrices(model) + language.head(model)),
         slack=language.SLACK,
         reference=language.reference,
         rivals={"transformers": language.on_weights(transformers_prefill, language.transformers_model)},

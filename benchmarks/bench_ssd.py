@@ -268,7 +268,7 @@ register(
         rounds_operands=True,
         bytes_moved=bytes_moved,
         exps=exponentials,
-        fmas=products,
+        products=products,
         reference=carried_reference,
         rivals={
             "official ssd_minimal": eager(official_listing(64)),

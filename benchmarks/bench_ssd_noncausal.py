@@ -69,7 +69,7 @@ register(
             "VSSD-Micro, 448x448, second stage": {"batch": 1, "seqlen": 3136, "nheads": 4, "headdim": 48, "dstate": 48},
         },
         bytes_moved=bytes_moved,
-        fmas=products,
+        products=products,
         parameters=("A", "D", "dt_bias"),
         rivals={
             "torch": torch_sum,

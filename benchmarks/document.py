@@ -21,10 +21,11 @@ Each figure is the median of paired rounds: a window of our calls, a window of t
 within each pair; its quartiles stand in brackets. Every implementation had matched the float64 reference at that very
 shape before it was timed. Rivals get the memory layout they are fastest in (channels adjacent, as views) and an
 allocator that does not map large temporaries anew. "Of the limit" compares with the larger of the bytes that must move
-at the copy rate and the exponentials and multiply-adds at their rates, each measured beside the op in every round; it
-is an upper bound that no implementation need be able to reach. Peak memory counts inputs, output and gradients too, and
-is given as a multiple of these. "Exclusive windows" ran under the real-time scheduler on a machine that was in use; the
-rates of the machine were measured outside them, and where a share of the limit exceeds 100 % they were too low.
+at the copy rate and the arithmetic at its rates (exponentials, multiply-adds, those of matrix products at the rate of
+torch's), each measured beside the op in every round; it is an upper bound that no implementation need be able to reach.
+A share above 100 % says that what the op reads lay in a cache, or that the machine was slower while its rates were
+measured. Peak memory counts inputs, output and gradients too, and is given as a multiple of these. "Exclusive windows"
+ran under the real-time scheduler on a machine that was in use.
 """
 
 

@@ -14,14 +14,16 @@ from typing import Any, NamedTuple
 import torch
 
 LIBRARIES = ("torch", "triton", "numpy", "transformers", "mambapy", "mamba_ssm", "causal_conv1d", "libggml-python")
+ARITHMETIC = ("exp", "fma", "product")
 
 
-def measure_limits(threads: int, device: str = "cpu") -> dict[str, float]:
-    """Best rates per second now: `copy` and `read` in bytes (copied ones twice), `exp` and `fma` in fp32 elements.
+def measure_limits(threads: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> dict[str, float]:
+    """Best rates per second now: `copy` and `read` in bytes (copied ones twice), `exp` and `fma` in fp32 elements, and
+    `product`, the multiply-adds of torch's matrix product of that dtype.
 
-    On the CPU the latter two come from the compiled library, at its SIMD capability; without it they are left out.
+    On the CPU `exp` and `fma` come from the compiled library, at its SIMD capability; without it they are left out.
     """
-    rates = {"copy": copy_rate(device), "read": read_rate(device)}
+    rates = {"copy": copy_rate(device), "read": read_rate(device), "product": product_rate(device, dtype)}
     if device == "cpu":
         from ssmkit import native
 
@@ -30,7 +32,7 @@ def measure_limits(threads: int, device: str = "cpu") -> dict[str, float]:
 
             rates["exp"], rates["fma"] = exp2_rate(threads, 6), fma_rate(threads, 6)
     else:
-        rates["fma"] = matmul_rate(device)
+        rates["fma"] = product_rate(device, torch.float32)
     return rates
 
 
@@ -42,10 +44,16 @@ def copy_rate(device: str, repeats: int = 4) -> float:
 
 
 def read_rate(device: str, repeats: int = 4) -> float:
-    """Bytes per second of a matrix far larger than the caches, read once for a product with a vector."""
-    matrix = torch.ones(2**14, 2**11 if device == "cpu" else 2**14, device=device)
-    vector = torch.ones(matrix.shape[1], device=device)
-    return matrix.nbytes / _best(lambda: torch.mv(matrix, vector), repeats, device)
+    """Bytes per second of numbers far larger than the caches, added up."""
+    numbers = torch.ones(2**25 if device == "cpu" else 2**28, device=device)
+    return numbers.nbytes / _best(numbers.sum, repeats, device)
+
+
+def product_rate(device: str, dtype: torch.dtype, repeats: int = 8) -> float:
+    """Multiply-adds per second of a square matrix product, of the size at which torch is fastest."""
+    size = 512 if device == "cpu" else 4096
+    a = torch.ones(size, size, device=device, dtype=dtype)
+    return size**3 / _best(lambda: a @ a, repeats, device)
 
 
 def _best(call: Callable[[], object], repeats: int, device: str) -> float:
@@ -58,12 +66,6 @@ def _best(call: Callable[[], object], repeats: int, device: str) -> float:
         _synchronize(device)
         best = min(best, time.perf_counter() - start)
     return best
-
-
-def matmul_rate(device: str, size: int = 4096, repeats: int = 4) -> float:
-    """Multiply-adds per second of a large fp32 product."""
-    a = torch.ones(size, size, device=device)
-    return size**3 / _best(lambda: a @ a, repeats, device)
 
 
 def _synchronize(device: str) -> None:
@@ -81,7 +83,8 @@ class Bound(NamedTuple):
 def seconds_at_best(cost: dict[str, float], rates: dict[str, float]) -> Bound | None:
     """The least time of a call that costs `cost` on a machine of these rates; None where no rate tells.
 
-    Exponentials and multiply-adds compete for the same pipes and add up; moving bytes overlaps with both.
+    Exponentials, multiply-adds and matrix products compete for the same pipes and add up; moving bytes overlaps with
+    them.
     """
     bounds = []
     memory = sum(
@@ -89,10 +92,11 @@ def seconds_at_best(cost: dict[str, float], rates: dict[str, float]) -> Bound | 
     )
     if memory:
         bounds.append(Bound(memory, "memory"))
-    if any(cost.get(kind + "s") and not rates.get(kind) for kind in ("exp", "fma")):
+    needed = [kind for kind in ARITHMETIC if cost.get(kind + "s")]
+    if not all(rates.get(kind) for kind in needed):
         # Part of the arithmetic has no measured rate: a bound from the rest would flatter.
         return None
-    arithmetic = sum(cost[kind + "s"] / rates[kind] for kind in ("exp", "fma") if cost.get(kind + "s"))
+    arithmetic = sum(cost[kind + "s"] / rates[kind] for kind in needed)
     if arithmetic:
         bounds.append(Bound(arithmetic, "arithmetic"))
     return max(bounds) if bounds else None

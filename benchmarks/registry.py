@@ -107,9 +107,9 @@ class Bench:
         shapes: Label (say which model the shape comes from) -> sizes.
         sweep: Instead of or besides shapes: one size and its values, the others taken from `fixed`.
         fixed: Further keywords of `inputs`, the same everywhere.
-        bytes_moved, bytes_read, exps, fmas: What one call costs at best: bytes read and written; bytes only read, of which
-            there may be far more (weights); exponentials; multiply-adds. Each is called with those of its parameters
-            among the sizes, `dtype` and `mode` ("fwd" or "fwdbwd").
+        bytes_moved, bytes_read, exps, fmas, products: What one call costs at best: bytes read and written; bytes only
+            read, of which there may be far more (weights); exponentials; multiply-adds; those of matrix products. Each is
+            called with those of its parameters among the sizes, `dtype` and `mode` ("fwd" or "fwdbwd").
         rivals: Name -> adapter. An import error, or `Absent`, in an adapter reports the rival as absent.
         slack: Multiplies the bounds of the tests that our own op is held to; say why beside it.
         parameters: Inputs that serve every token: their gradients have the tests' `CANCELLATION` besides.
@@ -130,6 +130,7 @@ class Bench:
     bytes_read: Callable[..., float] | None = None
     exps: Callable[..., float] | None = None
     fmas: Callable[..., float] | None = None
+    products: Callable[..., float] | None = None
     rivals: Mapping[str, Callable[..., Any] | Rival] = field(default_factory=dict)
     slack: float = 1.0
     parameters: tuple[str, ...] = ()
@@ -171,9 +172,9 @@ class Bench:
         return {name: _detached(value) for name, value in self.inputs(**options).items()}
 
     def cost(self, sizes: Mapping[str, Any], dtype: torch.dtype, mode: str) -> dict[str, float]:
-        """The declared `bytes_moved`, `bytes_read`, `exps` and `fmas` of one call."""
+        """The declared costs of one call, by name."""
         facts = {**self.fixed, **sizes, "dtype": dtype, "mode": mode}
-        declared = {name: getattr(self, name) for name in ("bytes_moved", "bytes_read", "exps", "fmas")}
+        declared = {name: getattr(self, name) for name in ("bytes_moved", "bytes_read", "exps", "fmas", "products")}
         return {name: float(sizes_of(count, facts)) for name, count in declared.items() if count is not None}
 
 

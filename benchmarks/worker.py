@@ -124,7 +124,9 @@ class Server:
         """Measure the machine's best rates."""
         rates: dict[str, float] = {}
         with exclusive(alone):
-            spent = spent_by(lambda: rates.update(measure_limits(threads, self.held.spec.device)))
+            spent = spent_by(
+                lambda: rates.update(measure_limits(threads, self.held.spec.device, self.held.spec.torch_dtype))
+            )
         return {"rates": rates, **spent}
 
     @property

@@ -7,7 +7,7 @@
 
 namespace ssmkit {
 struct RatesParams {
-  std::int64_t rounds;  // passes over 8 independent vectors, per thread
+  std::int64_t rounds;  // passes over independent vectors, per thread
   int threads;
 };
 }  // namespace ssmkit

@@ -288,9 +288,10 @@ def test_calibration_fills_the_window():
 
 
 def test_the_limit_is_the_larger_of_memory_and_arithmetic():
-    rates = {"copy": 10.0, "exp": 4.0, "fma": 20.0}
+    rates = {"copy": 10.0, "exp": 4.0, "fma": 20.0, "product": 40.0}
     assert machine.seconds_at_best({"bytes_moved": 100, "exps": 4, "fmas": 20}, rates) == (10.0, "memory")
     assert machine.seconds_at_best({"bytes_moved": 10, "exps": 4, "fmas": 20}, rates) == (2.0, "arithmetic")
+    assert machine.seconds_at_best({"exps": 4, "products": 80}, rates) == (3.0, "arithmetic")
     assert machine.seconds_at_best({"bytes_moved": 10, "exps": 4}, {"copy": 10.0}) is None
     assert machine.seconds_at_best({}, rates) is None
 
