@@ -24,7 +24,13 @@ PATHS = """
     mamba_ssm.ops.triton.selective_state_update: selective_state_update selective_state_update_ref
     mamba_ssm.ops.triton.ssd_combined: mamba_chunk_scan_combined mamba_chunk_scan mamba_split_conv1d_scan_combined
     mamba_ssm.ops.triton.layernorm_gated: RMSNorm LayerNorm rmsnorm_fn layernorm_fn
-    mamba_ssm.ops.triton.layer_norm: RMSNorm layer_norm_fn rms_norm_fn
+    mamba_ssm.ops.triton.layer_norm: RMSNorm layer_norm_fn rms_norm_fn layer_norm_linear_fn layer_norm_ref rms_norm_ref
+    mamba_ssm.ops.triton.k_activations: swiglu
+    mamba_ssm.ops.triton.ssd_chunk_state: chunk_state chunk_state_ref chunk_state_varlen
+    mamba_ssm.ops.triton.ssd_state_passing: state_passing state_passing_ref
+    mamba_ssm.ops.triton.ssd_chunk_scan: chunk_scan chunk_scan_ref
+    mamba_ssm.distributed.tensor_parallel: ColumnParallelLinear RowParallelLinear
+    mamba_ssm.distributed.distributed_utils: all_reduce reduce_scatter
     mamba_ssm.modules.mamba_simple: Mamba Block
     mamba_ssm.modules.mamba2: Mamba2
     mamba_ssm.modules.mamba2_simple: Mamba2Simple
@@ -35,6 +41,8 @@ PATHS = """
     mamba_ssm.models.config_mamba: MambaConfig
     mamba_ssm.models.mixer_seq_simple: MambaLMHeadModel MixerModel create_block
     mamba_ssm.utils.generation: InferenceParams GenerationMixin decode sample
+    mamba_ssm.utils.determinism: set_deterministic_mode use_deterministic_mode
+    mamba_ssm.utils.torch: custom_bwd custom_fwd
     mamba_ssm.utils.hf: load_config_hf load_state_dict_hf
 """
 

@@ -9,32 +9,25 @@ from golden_cases import load, names
 
 from ssmkit.interop.causal_conv1d.causal_conv1d_interface import (
     causal_conv1d_fn,
-    causal_conv1d_ref,
     causal_conv1d_update,
     causal_conv1d_update_ref,
 )
 from ssmkit.interop.causal_conv1d.causal_conv1d_varlen import causal_conv1d_varlen_states
-from ssmkit.interop.mamba_ssm.modules.ssd_minimal import segsum, ssd_minimal_discrete
+from ssmkit.interop.mamba_ssm.modules.ssd_minimal import ssd_minimal_discrete
 from ssmkit.interop.mamba_ssm.ops.selective_scan_interface import (
     mamba_inner_fn,
     mamba_inner_ref,
     selective_scan_fn,
     selective_scan_ref,
 )
-from ssmkit.interop.mamba_ssm.ops.triton.layer_norm import RMSNorm, layer_norm_fn, rms_norm_fn
-from ssmkit.interop.mamba_ssm.ops.triton.layernorm_gated import LayerNorm, layernorm_fn, rmsnorm_fn
-from ssmkit.interop.mamba_ssm.ops.triton.layernorm_gated import RMSNorm as GatedRMSNorm
+from ssmkit.interop.mamba_ssm.ops.triton.layer_norm import layer_norm_fn
+from ssmkit.interop.mamba_ssm.ops.triton.layernorm_gated import layernorm_fn, rmsnorm_fn
 from ssmkit.interop.mamba_ssm.ops.triton.selective_state_update import (
     selective_state_update,
     selective_state_update_ref,
 )
 from ssmkit.interop.mamba_ssm.ops.triton.ssd_combined import (
-    mamba_chunk_scan,
     mamba_chunk_scan_combined,
-    mamba_conv1d_scan_ref,
-    mamba_split_conv1d_scan_combined,
-    mamba_split_conv1d_scan_ref,
-    ssd_selective_scan,
 )
 from ssmkit.testing import CANCELLATION, assert_close, run
 
@@ -262,146 +255,6 @@ def test_scan_widens_and_answers_in_the_dtype_of_u():
     assert out.dtype == torch.bfloat16 and state.dtype == torch.float32
     assert_close("out", out, expected)
     assert_close("state", state, last)
-
-
-def ssd_arguments(batch=1, seqlen=11, dtype=torch.float64):
-    return {
-        "x": normal(batch, seqlen, 4, 5, dtype=dtype),
-        "dt": normal(batch, seqlen, 4, seed=1, dtype=dtype).abs(),
-        "A": -normal(4, seed=2, dtype=dtype).exp(),
-        "B": normal(batch, seqlen, 2, 3, seed=3, dtype=dtype),
-        "C": normal(batch, seqlen, 2, 3, seed=4, dtype=dtype),
-    }
-
-
-def test_states_of_packed_sequences():
-    """Varlen states are the final states of the sequences run apart; the initial state is seen by the first."""
-    args, offsets = ssd_arguments(), torch.tensor([0, 4, 11])
-    seq_idx = torch.tensor([[0] * 4 + [1] * 7])
-    initial = normal(1, 4, 5, 3, seed=5, dtype=torch.float64)
-    options = {"chunk_size": 4, "return_final_states": True}
-    out, final, states = mamba_chunk_scan_combined(
-        **args, **options, initial_states=initial, seq_idx=seq_idx, cu_seqlens=offsets, return_varlen_states=True
-    )
-    for number, (start, end) in enumerate(((0, 4), (4, 11))):
-        part = {key: value if key == "A" else value[:, start:end] for key, value in args.items()}
-        y, state = mamba_chunk_scan_combined(**part, **options, initial_states=initial if number == 0 else None)
-        assert_close("out", out[:, start:end], y)
-        assert_close("state", states[number : number + 1], state)
-    assert torch.equal(final, states[1:])
-    # Cut by the numbers alone; a row that starts with another number than 0 does not see the initial state.
-    numbered, last = mamba_chunk_scan_combined(**args, **options, initial_states=initial, seq_idx=seq_idx)
-    assert_close("out", numbered, out)
-    assert_close("final", last, final)
-    late = mamba_chunk_scan_combined(**args, chunk_size=4, initial_states=initial, seq_idx=seq_idx + 3)
-    assert_close("late", late, mamba_chunk_scan_combined(**args, chunk_size=4, seq_idx=seq_idx))
-    with pytest.raises(ValueError, match="cu_seqlens must be given"):
-        mamba_chunk_scan_combined(**args, chunk_size=4, return_varlen_states=True)
-    with pytest.raises(ValueError, match="state_dtype must be no wider"):
-        mamba_chunk_scan_combined(**ssd_arguments(dtype=torch.float32), chunk_size=4, state_dtype=torch.float64)
-
-
-@pytest.mark.parametrize("limits", [(0.0, math.inf), (0.1, 0.6)], ids=["free", "limited"])
-def test_scans_agree(limits):
-    """Mamba-2's map by the scan of Mamba-1."""
-    args = ssd_arguments(batch=2)
-    more = {"D": normal(4, seed=6, dtype=torch.float64), "dt_bias": normal(4, seed=7, dtype=torch.float64)}
-    more |= {"z": normal(2, 11, 4, 5, seed=8, dtype=torch.float64), "dt_softplus": True}
-    expected = mamba_chunk_scan_combined(**args, **more, chunk_size=4, dt_limit=limits)
-    assert_close("scan", ssd_selective_scan(**args, **more, dt_limit=limits), expected, slack=4.0)
-    if limits[0] == 0:
-        assert_close("plain", mamba_chunk_scan(**args, **more, chunk_size=3), expected, slack=4.0)
-
-
-@pytest.mark.parametrize("norm_before_gate", [True, False])
-@pytest.mark.parametrize("extra", [0, 6], ids=["all channels scanned", "beside an MLP"])
-def test_fused_layer_is_its_parts(extra, norm_before_gate):
-    heads, headdim, groups, dstate = 4, 3, 2, 5
-    dim = heads * headdim
-    conv = dim + 2 * groups * dstate
-    double = {"dtype": torch.float64}
-    zxbcdt = normal(2, 9, 2 * extra + dim + conv + heads, **double)
-    weight, bias = normal(conv, 4, seed=1, **double), normal(conv, seed=2, **double)
-    dt_bias, A, D = (
-        normal(heads, seed=3, **double),
-        -normal(heads, seed=4, **double).exp(),
-        normal(heads, seed=5, **double),
-    )
-    scale, out_weight = normal(dim, seed=6, **double), normal(7, extra + dim, seed=7, **double)
-    seq_idx = torch.tensor([[0] * 4 + [1] * 5, [0] * 9])
-    initial = normal(2, heads, headdim, dstate, seed=8, **double)
-    args = (zxbcdt, weight, bias, dt_bias, A, D, 4, initial, seq_idx)
-    options = {"headdim": headdim, "ngroups": groups, "rmsnorm_weight": scale, "norm_before_gate": norm_before_gate}
-    out, state = mamba_split_conv1d_scan_combined(*args, return_final_states=True, outproj_weight=out_weight, **options)
-
-    z0, x0, z, xBC, dt = zxbcdt.split((extra, extra, dim, conv, heads), dim=-1)
-    xBC = causal_conv1d_ref(xBC.transpose(1, 2), weight, bias, seq_idx, activation="silu").transpose(1, 2)
-    x, B, C = xBC.split((dim, groups * dstate, groups * dstate), dim=-1)
-    x, B, C = x.unflatten(-1, (heads, -1)), B.unflatten(-1, (groups, -1)), C.unflatten(-1, (groups, -1))
-    y, final = mamba_chunk_scan_combined(
-        x, dt, A, B, C, 4, D, None, dt_bias, initial, seq_idx, dt_softplus=True, return_final_states=True
-    )
-    y, gate = y.flatten(-2), F.silu(z)
-    y = y if norm_before_gate else y * gate
-    y = F.rms_norm(y.unflatten(-1, (groups, -1)), (dim // groups,), eps=1e-6).flatten(-2) * scale
-    y = y * gate if norm_before_gate else y
-    assert_close("out", out, torch.cat([F.silu(z0) * x0, y], dim=-1) @ out_weight.T, slack=4.0)
-    assert_close("state", state, final, slack=4.0)
-    assert_close("reference", mamba_split_conv1d_scan_ref(*args, outproj_weight=out_weight, **options), out, slack=4.0)
-    if not extra:
-        plain = mamba_split_conv1d_scan_combined(*args[:7], headdim=headdim, ngroups=groups)
-        unfused = mamba_conv1d_scan_ref(
-            xBC=zxbcdt[..., dim : dim + conv], conv1d_weight=weight, conv1d_bias=bias, dt=dt, A=A, chunk_size=4, D=D, z=z,
-            dt_bias=dt_bias, dt_softplus=True, ngroups=groups,
-        )  # fmt: skip
-        assert_close("without norm", plain, unfused, slack=4.0)
-    with pytest.raises(ValueError, match="headdim must be given"):
-        mamba_split_conv1d_scan_combined(*args, ngroups=groups)
-
-
-def test_minimal_form_takes_any_length():
-    """Cut where the chunks do not end; the last chunk's padding leaves the state alone."""
-    X, A = normal(2, 11, 3, 4), -normal(2, 11, 3, seed=1).abs()
-    B, C = normal(2, 11, 3, 5, seed=2), normal(2, 11, 3, 5, seed=3)
-    whole, state = ssd_minimal_discrete(X, A, B, C, 11)
-    cut, last = ssd_minimal_discrete(X, A, B, C, 4)
-    torch.testing.assert_close(cut, whole)
-    torch.testing.assert_close(last, state)
-    assert torch.equal(segsum(torch.tensor([1.0, 2.0])), torch.tensor([[0.0, -math.inf], [2.0, 0.0]]))
-
-
-@pytest.mark.parametrize("is_rms_norm", [True, False])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_norm_with_residual(is_rms_norm, dtype):
-    x, residual = normal(2, 5, 8, dtype=dtype), normal(2, 5, 8, seed=1)
-    weight, bias, scale = normal(8, seed=2), normal(8, seed=3), normal(2, 5, seed=4)
-    total = x.double() * scale[..., None].to(dtype).double() + residual.double()
-    norm = F.rms_norm if is_rms_norm else F.layer_norm
-    expected = norm(total, (8,), weight=weight.double(), eps=1e-6) + bias.double()
-    options = {"is_rms_norm": is_rms_norm, "prenorm": True}
-    y, kept = layer_norm_fn(x, weight, bias, residual, rowscale=scale.to(dtype), **options)
-    assert y.dtype == dtype and kept.dtype == torch.float32
-    slack = 4.0 if dtype == torch.bfloat16 else 1.0  # rowscale * x is rounded before the sum
-    assert_close("y", y, expected, slack=slack)
-    assert_close("sum", kept.to(dtype), total, slack=slack)
-    alone, first = layer_norm_fn(x, weight, bias, residual_in_fp32=True, **options)
-    assert alone.dtype == dtype and torch.equal(first, x.float())
-    dropped, left = layer_norm_fn(x, weight, bias, residual, dropout_p=1.0, **options)
-    assert torch.equal(left, residual) and dropped.shape == x.shape
-
-
-def test_norm_layers_have_the_official_arguments():
-    x, z, residual = normal(2, 8), normal(2, 8, seed=1), normal(2, 8, seed=2)
-    norm = RMSNorm(8, 1e-6)
-    y, total = norm(x, residual, prenorm=True)
-    assert torch.equal(y, rms_norm_fn(x, norm.weight, None, residual)) and torch.equal(total, x + residual)
-    assert [name for name, _ in norm.named_parameters()] == ["weight"]
-    gated = GatedRMSNorm(8, 1e-6, 4, False)
-    assert torch.equal(gated(x, z), rmsnorm_fn(x, gated.weight, None, z, 1e-6, 4, False))
-    layer = LayerNorm(8, 1e-6, 4, True)
-    expected = F.group_norm(x, 2, eps=1e-6) * F.silu(z)
-    torch.testing.assert_close(layer(x, z), expected)
-    torch.testing.assert_close(layernorm_fn(x, layer.weight, layer.bias, z, 1e-6, 4), expected)
 
 
 @pytest.mark.parametrize(

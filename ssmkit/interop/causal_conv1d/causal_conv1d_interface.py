@@ -116,5 +116,19 @@ def causal_conv1d_update(
     return out.transpose(1, 2) if x.ndim == 3 else out
 
 
-causal_conv1d_ref = partial(causal_conv1d_fn, backend="reference")
+def causal_conv1d_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    initial_states: Tensor | None = None,
+    return_final_states: bool = False,
+    final_states_out: Tensor | None = None,
+    activation: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """`causal_conv1d_fn` without seq_idx, by the float64 reference."""
+    return causal_conv1d_fn(
+        x, weight, bias, None, initial_states, return_final_states, final_states_out, activation, backend="reference"
+    )
+
+
 causal_conv1d_update_ref = partial(causal_conv1d_update, backend="reference")

@@ -10,17 +10,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import ssmkit.nn
 from ssmkit.interop.mamba_ssm.models.config_mamba import MambaConfig
 from ssmkit.interop.mamba_ssm.modules.block import Block
+from ssmkit.interop.mamba_ssm.modules.mamba2 import Mamba2
+from ssmkit.interop.mamba_ssm.modules.mamba3 import Mamba3
+from ssmkit.interop.mamba_ssm.modules.mamba_simple import Mamba
 from ssmkit.interop.mamba_ssm.modules.mha import MHA
 from ssmkit.interop.mamba_ssm.modules.mlp import GatedMLP
 from ssmkit.interop.mamba_ssm.ops.triton.layer_norm import RMSNorm
 from ssmkit.interop.mamba_ssm.utils.generation import GenerationMixin
 from ssmkit.interop.mamba_ssm.utils.hf import load_config_hf, load_state_dict_hf
-from ssmkit.models.language.config import MIXERS
 from ssmkit.models.language.model import Backbone, initialise
 from ssmkit.models.language.weights import EMBEDDING, HEAD
-from ssmkit.nn import Mamba2
+
+MIXERS: dict[str, Any] = {"mamba1": Mamba, "mamba2": Mamba2, "mamba3": Mamba3}
+# Layers that a language model is made of, and the same layers with the official argument names.
+OFFICIAL: dict[type, Any] = {ssmkit.nn.Mamba2: Mamba2, ssmkit.nn.Mamba3: Mamba3, ssmkit.nn.MHA: MHA}
 
 CausalLMOutput = namedtuple("CausalLMOutput", ["logits"])
 
@@ -94,6 +100,8 @@ class MixerModel(Backbone):
         )  # fmt: skip
         super().__init__(config.to_language_model(norm_eps=norm_epsilon), device=device, dtype=dtype)
         for layer in self.layers:
+            # no member differs, only what its methods call their arguments
+            layer.mixer.__class__ = OFFICIAL.get(type(layer.mixer), type(layer.mixer))
             # norm_epsilon is that of the blocks' norms; the official mixer keeps its own.
             if isinstance(layer.mixer, Mamba2) and layer.mixer.norm is not None:
                 layer.mixer.norm.eps = 1e-5

@@ -58,6 +58,39 @@ def sample(logits: Tensor, top_k: int = 1, top_p: float = 0.0, min_p: float = 0.
     return sampling_of(top_k, top_p, min_p, temperature).draw(logits)
 
 
+def modify_logits_for_min_p_filtering(logits: Tensor, min_p: float) -> None:
+    """Set logits below min_p, a logit itself and not a probability, to minus infinity in place; 0 < min_p < 1, else none."""
+    if 0 < min_p < 1:
+        logits.masked_fill_(logits < min_p, -torch.inf)
+
+
+def modify_logits_for_top_k_filtering(logits: Tensor, top_k: int) -> None:
+    """Set all but the top_k largest logits of each row to minus infinity in place; ties with the last are kept."""
+    logits.masked_fill_(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+
+
+def modify_logits_for_top_p_filtering(logits: Tensor, top_p: float) -> None:
+    """Set the tail that holds a probability of at most 1 - top_p to minus infinity in place; 0 < top_p < 1, else none."""
+    if 0 < top_p < 1:
+        ascending, order = logits.sort()
+        tail = ascending.softmax(-1).cumsum(-1) <= 1 - top_p
+        logits.masked_fill_(torch.empty_like(tail).scatter_(-1, order, tail), -torch.inf)
+
+
+def modify_logit_for_repetition_penalty(
+    logits: Tensor, prev_output_tokens: Tensor, repetition_penalty: float = 1.0
+) -> Tensor:
+    """Divide positive logits of tokens seen before, multiply negative ones, in place: arXiv:1909.05858, section 4.1.
+
+    Args:
+        logits: (batch, vocabulary)
+        prev_output_tokens: (batch, seqlen) int64
+    """
+    seen = logits.gather(1, prev_output_tokens)
+    penalised = torch.where(seen < 0, seen * repetition_penalty, seen / repetition_penalty)
+    return logits.scatter_(1, prev_output_tokens, penalised)
+
+
 @torch.inference_mode()
 def decode(
     input_ids: Tensor,

@@ -1,6 +1,5 @@
 """Norms with a gate and groups of channels."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -75,6 +74,10 @@ class RMSNorm(ssmkit.nn.RMSNorm):
             hidden_size, eps, group_size=group_size, norm_before_gate=norm_before_gate, device=device, dtype=dtype
         )
 
+    def reset_parameters(self) -> None:
+        """The weight is one again."""
+        nn.init.ones_(self.weight)
+
 
 class LayerNorm(nn.Module):
     """`layernorm_fn` as a layer; arguments as of `RMSNorm`."""
@@ -94,9 +97,25 @@ class LayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(hidden_size, **place))
         self.bias = nn.Parameter(torch.zeros(hidden_size, **place))
 
+    def reset_parameters(self) -> None:
+        """The weight is one again, the bias zero."""
+        nn.init.ones_(self.weight)
+        nn.init.zeros_(self.bias)
+
     def forward(self, x: Tensor, z: Tensor | None = None) -> Tensor:
         """(..., hidden_size), gated by z if given."""
         return layernorm_fn(x, self.weight, self.bias, z, self.eps, self.group_size, self.norm_before_gate)
 
 
-rms_norm_ref = partial(rmsnorm_fn, backend="reference")
+def rms_norm_ref(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor | None = None,
+    eps: float = 1e-6,
+    group_size: int | None = None,
+    norm_before_gate: bool = True,
+    upcast: bool = True,
+) -> Tensor:
+    """`rmsnorm_fn` by the float64 reference; upcast, which chose fp32 there, is not read."""
+    return rmsnorm_fn(x, weight, bias, z, eps, group_size, norm_before_gate, backend="reference")

@@ -46,7 +46,8 @@ def mamba_chunk_scan_combined(
         chunk_size: `chunk` of `ssd`; changes speed, not the result beyond rounding.
         initial_states: State before the first token    (batch, nheads, headdim, dstate); seen by sequence 0 of each row
         seq_idx: Number of each token's sequence, from 0; a change cuts, a negative number is a pad  (batch, seqlen) int
-        cu_seqlens: Offsets of the sequences packed into one row; needed for, and read only with, varlen states
+        cu_seqlens: Offsets of the sequences packed into one row; needed for, and read only with, varlen states. Where they
+            end before the row does, seq_idx must be negative.
         return_final_states: Also return the state after each row.
         return_varlen_states: Also return the state after each sequence  (nseq, nheads, headdim, dstate)
         state_dtype: What states between chunks are kept in there; here always fp32 (fp64 for fp64), so a narrower dtype
@@ -65,10 +66,12 @@ def mamba_chunk_scan_combined(
     if return_varlen_states:
         if cu_seqlens is None:
             raise ValueError("cu_seqlens must be given with return_varlen_states=True")
-        nseq = cu_seqlens.shape[0] - 1
+        nseq, end = cu_seqlens.shape[0] - 1, int(cu_seqlens[-1]) if cu_seqlens.numel() else 0
+        if mask is not None and end < x.shape[1] and not bool(mask[:, end:].any()):
+            cu_seqlens = F.pad(cu_seqlens, (0, 1), value=x.shape[1])
         if initial is not None and nseq:
             # only the first sequence sees it
-            initial = torch.cat([initial, initial.new_zeros(nseq - 1, *initial.shape[1:])])
+            initial = torch.cat([initial, initial.new_zeros(len(cu_seqlens) - 2, *initial.shape[1:])])
     out, states = ssd(
         x,
         dt,
@@ -91,6 +94,7 @@ def mamba_chunk_scan_combined(
     out = out.to(dtype)
     if not return_varlen_states:
         return (out, states) if return_final_states else out
+    states = states[:nseq]
     return (out, states[-1:], states) if return_final_states else (out, states)
 
 
@@ -330,4 +334,43 @@ def mamba_conv1d_scan_ref(
 
 
 ssd_chunk_scan_combined_ref = partial(mamba_chunk_scan, backend="reference")
-mamba_split_conv1d_scan_ref = partial(mamba_split_conv1d_scan_combined, backend="reference")
+
+
+def mamba_split_conv1d_scan_ref(
+    zxbcdt: Tensor,
+    conv1d_weight: Tensor,
+    conv1d_bias: Tensor | None,
+    dt_bias: Tensor,
+    A: Tensor,
+    D: Tensor,
+    chunk_size: int,
+    dt_limit: Limits = (0.0, math.inf),
+    activation: str = "silu",
+    rmsnorm_weight: Tensor | None = None,
+    rmsnorm_eps: float = 1e-6,
+    outproj_weight: Tensor | None = None,
+    outproj_bias: Tensor | None = None,
+    headdim: int | None = None,
+    ngroups: int = 1,
+    norm_before_gate: bool = True,
+) -> Tensor:
+    """`mamba_split_conv1d_scan_combined` without states and sequences, by the references."""
+    return mamba_split_conv1d_scan_combined(
+        zxbcdt,
+        conv1d_weight,
+        conv1d_bias,
+        dt_bias,
+        A,
+        D,
+        chunk_size,
+        dt_limit=dt_limit,
+        activation=activation,
+        rmsnorm_weight=rmsnorm_weight,
+        rmsnorm_eps=rmsnorm_eps,
+        outproj_weight=outproj_weight,
+        outproj_bias=outproj_bias,
+        headdim=headdim,
+        ngroups=ngroups,
+        norm_before_gate=norm_before_gate,
+        backend="reference",
+    )
