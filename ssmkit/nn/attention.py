@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmkit.nn._inference import carried_state, check_one_token
 from ssmkit.nn.linear import project
 from ssmkit.ops import causal_conv1d, causal_conv1d_step
 from ssmkit.ops._check import check_cu_seqlens, check_flag, check_ndim
@@ -145,14 +146,11 @@ class MHA(nn.Module):
         if cu_seqlens is not None:
             check_cu_seqlens(cu_seqlens, batch, seqlen)
         nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        if inference_params is not None:
-            if state is not None:
-                raise ValueError("state and inference_params both carry the state; give one of them")
-            state = self._cached(inference_params, nseq)
-            if inference_params.seqlen_offset > 0:
-                if not (mask is None and resets is None and cu_seqlens is None):
-                    raise ValueError("one token after another takes no mask, resets or cu_seqlens; pass state instead")
-                return self.step(x, *state)[0]
+        walk: dict[str, Any] = {"mask": mask, "resets": resets, "cu_seqlens": cu_seqlens}
+        state, single = carried_state(self, state, inference_params, nseq, **walk)
+        if single:
+            assert state is not None
+            return self.step(x, *state)[0]
         carried = None if state is None else AttentionState(*state)
         if carried is not None and len(carried.keys) != nseq:
             raise ValueError(
@@ -167,9 +165,7 @@ class MHA(nn.Module):
                 self.conv1d.bias,
                 initial_state=None if carried is None else carried.conv_state.clone(),
                 return_final_state=True,
-                mask=mask,
-                resets=resets,
-                cu_seqlens=cu_seqlens,
+                **walk,
                 backend=self.backend,
             )
             if carried is not None:
@@ -182,11 +178,7 @@ class MHA(nn.Module):
 
     def step(self, x: Tensor, *state: Tensor) -> tuple[Tensor, ...]:
         """One token: x (batch, 1, embed_dim). Returns the output and the state, updated in place."""
-        if x.ndim != 3 or x.shape[1] != 1:
-            raise ValueError(
-                f"x must have shape (batch, 1, {self.embed_dim}), got {tuple(x.shape)}; "
-                "use forward(..., state=...) for several tokens"
-            )
+        check_one_token("x", x, self.embed_dim)
         carried = AttentionState(*state)
         if len(carried.keys) != len(x):
             raise ValueError(f"state must hold {len(x)} sequences, one for each row of x, got {len(carried.keys)}")
@@ -284,15 +276,6 @@ class MHA(nn.Module):
             return project(self.out_proj, y)
         up, gate = up_gate.chunk(2, dim=-1)
         return project(self.out_proj, torch.cat((y, up * F.silu(gate)), dim=-1))
-
-    def _cached(self, inference_params: Any, batch: int) -> AttentionState:
-        """The state of this layer in `inference_params`; at offset 0 that before any token."""
-        if self.layer_idx is None:
-            raise ValueError("layer_idx must be given to the layer before it can keep its state in inference_params")
-        cache = inference_params.key_value_memory_dict
-        if self.layer_idx not in cache or inference_params.seqlen_offset == 0:
-            cache[self.layer_idx] = self.allocate_inference_cache(batch, inference_params.max_seqlen)
-        return cache[self.layer_idx]
 
     def allocate_inference_cache(
         self, batch_size: int, max_seqlen: int | None = None, dtype: torch.dtype | None = None, **_: Any

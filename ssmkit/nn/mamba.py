@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmkit.nn._inference import carried_state, check_one_token
 from ssmkit.nn.linear import product, project
 from ssmkit.ops import causal_conv1d, causal_conv1d_step, selective_scan, selective_state_step
 
@@ -109,19 +110,15 @@ class Mamba(nn.Module):
             cu_seqlens: Offsets of sequences packed into one row         (nseq + 1,)  int32 or int64
             state: (conv_state, ssm_state), continued and then updated in place.
         """
-        if inference_params is not None:
-            if state is not None:
-                raise ValueError("state and inference_params both carry the state; give one of them")
-            nseq = hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-            state = cached_state(self, inference_params, nseq)
-            if inference_params.seqlen_offset > 0:
-                if not (mask is None and resets is None and cu_seqlens is None):
-                    raise ValueError("one token after another takes no mask, resets or cu_seqlens; pass state instead")
-                return self.step(hidden_states, *state)[0]
+        nseq = hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        walk: dict[str, Any] = {"mask": mask, "resets": resets, "cu_seqlens": cu_seqlens}
+        state, single = carried_state(self, state, inference_params, nseq, **walk)
+        if single:
+            assert state is not None
+            return self.step(hidden_states, *state)[0]
         x, z = self.in_proj(hidden_states).chunk(2, dim=-1)
         # A state that is overwritten below must not be the one that backward reads.
         conv_state, ssm_state = (None, None) if state is None else (part.clone() for part in state)
-        walk: dict[str, Any] = {"mask": mask, "resets": resets, "cu_seqlens": cu_seqlens, "backend": self.backend}
         x, conv_state = causal_conv1d(
             x,
             self.conv1d.weight.squeeze(1),
@@ -130,6 +127,7 @@ class Mamba(nn.Module):
             initial_state=conv_state,
             return_final_state=True,
             **walk,
+            backend=self.backend,
         )
         dt, B, C = self.x_proj(x).split((self.dt_rank, self.d_state, self.d_state), dim=-1)
         y, ssm_state = selective_scan(
@@ -145,6 +143,7 @@ class Mamba(nn.Module):
             initial_state=ssm_state,
             return_final_state=True,
             **walk,
+            backend=self.backend,
         )
         if state is not None:
             for part, final in zip(state, (conv_state, ssm_state), strict=True):
@@ -158,11 +157,7 @@ class Mamba(nn.Module):
 
     def step(self, hidden_states: Tensor, conv_state: Tensor, ssm_state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """One token: hidden_states (batch, 1, d_model). Returns the output and the states, updated in place."""
-        if hidden_states.ndim != 3 or hidden_states.shape[1] != 1:
-            raise ValueError(
-                f"hidden_states must have shape (batch, 1, {self.d_model}), got {tuple(hidden_states.shape)}; "
-                "use forward(..., state=...) for several tokens"
-            )
+        check_one_token("hidden_states", hidden_states, self.d_model)
         x, z = project(self.in_proj, hidden_states.squeeze(1)).chunk(2, dim=-1)
         x = causal_conv1d_step(
             x, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu", backend=self.backend
@@ -227,19 +222,3 @@ def initial_dt_bias(
     low, high = math.log(dt_min), math.log(dt_max)
     dt = torch.exp(torch.rand(size, dtype=torch.float32, device=device) * (high - low) + low).clamp(min=dt_init_floor)
     return dt + torch.log(-torch.expm1(-dt))  # the inverse of softplus
-
-
-def cached_state(mixer: Any, inference_params: Any, batch: int) -> Any:
-    """The states of a layer in `inference_params.key_value_memory_dict`; at offset 0 those before any token."""
-    if mixer.layer_idx is None:
-        raise ValueError("layer_idx must be given to the layer before it can keep states in inference_params")
-    cache = inference_params.key_value_memory_dict
-    held = cache.get(mixer.layer_idx)
-    if held is not None and (inference_params.seqlen_offset > 0 or len(held[0]) == batch):
-        if inference_params.seqlen_offset == 0:
-            for part, fresh in zip(held, mixer.allocate_inference_cache(batch), strict=True):
-                part.copy_(fresh)
-    else:
-        # None yet, or those of a batch of another size that was read before.
-        cache[mixer.layer_idx] = mixer.allocate_inference_cache(batch)
-    return cache[mixer.layer_idx]

@@ -11,8 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmkit.nn._inference import carried_state, check_one_token
 from ssmkit.nn.linear import project
-from ssmkit.nn.mamba import MambaState, cached_state, initial_dt_bias
+from ssmkit.nn.mamba import MambaState, initial_dt_bias
 from ssmkit.nn.rms_norm import RMSNorm
 from ssmkit.ops import causal_conv1d, causal_conv1d_step, ssd, ssd_step
 from ssmkit.ops._check import check_dtype, check_limits, check_shape
@@ -172,17 +173,13 @@ class Mamba2(nn.Module):
         if seq_idx is not None and cu_seqlens is None:
             resets, mask = walk_of(seq_idx, hidden_states, resets, mask)
         nseq = hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        if inference_params is not None:
-            if state is not None:
-                raise ValueError("state and inference_params both carry the state; give one of them")
-            state = cached_state(self, inference_params, nseq)
-            if inference_params.seqlen_offset > 0:
-                if not (mask is None and resets is None and cu_seqlens is None):
-                    raise ValueError(
-                        "one token after another takes no mask, resets, seq_idx or cu_seqlens; pass state instead"
-                    )
-                out = self.step(hidden_states, *state)[0]
-                return out if seqlen is None else out.flatten(0, 1)
+        state, single = carried_state(
+            self, state, inference_params, nseq, mask=mask, resets=resets, seq_idx=seq_idx, cu_seqlens=cu_seqlens
+        )
+        if single:
+            assert state is not None
+            out = self.step(hidden_states, *state)[0]
+            return out if seqlen is None else out.flatten(0, 1)
         z0, x0, z, xBC, dt = self._project(hidden_states)
         # A state that is overwritten below must not be the one that backward reads.
         old_conv, old_ssm = (None, self.initial_state(nseq)) if state is None else (part.clone() for part in state)
@@ -250,11 +247,7 @@ class Mamba2(nn.Module):
 
         It is `forward` over one token in every option; the official step ignores dt_limit and fails with D_has_hdim.
         """
-        if hidden_states.ndim != 3 or hidden_states.shape[1] != 1:
-            raise ValueError(
-                f"hidden_states must have shape (batch, 1, {self.d_model}), got {tuple(hidden_states.shape)}; "
-                "use forward(..., state=...) for several tokens"
-            )
+        check_one_token("hidden_states", hidden_states, self.d_model)
         z0, x0, z, xBC, dt = self._project(hidden_states.squeeze(1))
         xBC = causal_conv1d_step(
             xBC, conv_state, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation="silu", backend=self.backend

@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ssmkit.nn._inference import carried_state, check_one_token
 from ssmkit.nn.linear import project
-from ssmkit.nn.mamba import cached_state, initial_dt_bias
+from ssmkit.nn.mamba import initial_dt_bias
 from ssmkit.nn.mamba2 import walk_of
 from ssmkit.nn.rms_norm import RMSNorm
 from ssmkit.ops import ssd, ssd_step
@@ -185,16 +186,12 @@ class Mamba3(nn.Module):
         if seq_idx is not None and cu_seqlens is None:
             resets, mask = walk_of(seq_idx, hidden_states, resets, mask)
         nseq = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        if inference_params is not None:
-            if state is not None:
-                raise ValueError("state and inference_params both carry the state; give one of them")
-            state = cached_state(self, inference_params, nseq)
-            if inference_params.seqlen_offset > 0:
-                if not (mask is None and resets is None and cu_seqlens is None):
-                    raise ValueError(
-                        "one token after another takes no mask, resets, seq_idx or cu_seqlens; pass state instead"
-                    )
-                return self.step(hidden_states, *state)[0]
+        state, single = carried_state(
+            self, state, inference_params, nseq, mask=mask, resets=resets, seq_idx=seq_idx, cu_seqlens=cu_seqlens
+        )
+        if single:
+            assert state is not None
+            return self.step(hidden_states, *state)[0]
         if not hidden_states.numel():
             return torch.zeros_like(hidden_states)
         check_flag("resets", resets, batch, seqlen)
@@ -295,11 +292,7 @@ class Mamba3(nn.Module):
         self, hidden_states: Tensor, angle: Tensor, ssm: Tensor, k: Tensor, v: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """One token: hidden_states (batch, 1, d_model). Returns the output and the states, updated in place."""
-        if hidden_states.ndim != 3 or hidden_states.shape[1] != 1:
-            raise ValueError(
-                f"hidden_states must have shape (batch, 1, {self.d_model}), got {tuple(hidden_states.shape)}; "
-                "use forward(..., state=...) for several tokens"
-            )
+        check_one_token("hidden_states", hidden_states, self.d_model)
         z, tokens = self._project(hidden_states.squeeze(1))
         x, k_now, q, A, dt, lam, theta = tokens
         with torch.no_grad():
