@@ -6,10 +6,14 @@ backend by name.
 """
 
 from collections.abc import Callable, Sequence
+from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from ssmkit.backends import BackendError
 
 # dtype.to_complex and .to_real, which torch.compile cannot trace
 COMPLEX_OF = {torch.float32: torch.complex64, torch.float64: torch.complex128}
@@ -36,11 +40,31 @@ def define(
     """
     name = schema[: schema.index("(")]
     LIBRARY.define(schema)
-    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"ssmkit::{name}", fake, lib=LIBRARY)
+    LIBRARY.impl(name, _without_tangents(name, implementation), "CompositeExplicitAutograd")
+    torch.library.register_fake(f"ssmkit::{name}", _without_tangents(name, fake), lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"ssmkit::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     return getattr(torch.ops.ssmkit, name).default
+
+
+def _without_tangents(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, refused in forward mode: tangents do not reach it, so that those of its outputs would be zero."""
+
+    @wraps(function)
+    def refusing(*args: Any) -> Any:
+        if in_forward_mode():
+            raise BackendError(
+                f"{name.removesuffix('_fwd')}: no kernel carries forward-mode derivatives (torch.func.jvp, jacfwd, "
+                "torch.autograd.forward_ad); ask for backend='reference', or differentiate backwards"
+            )
+        return function(*args)
+
+    return refusing
+
+
+def in_forward_mode() -> bool:
+    """Whether the call stands within torch.func.jvp or a torch.autograd.forward_ad.dual_level."""
+    return forward_ad._current_level >= 0
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -204,7 +204,9 @@ def keeps_states(a: Tensor, b: Tensor) -> bool:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    a, b, initial_state, flags, cu_seqlens, reverse, _, backend = inputs
+    a, b, initial_state, flags, cu_seqlens, reverse, save, backend = inputs
+    if not save:  # within torch.vmap the call cannot see that a gradient is wanted
+        output = linear_scan_fwd(*inputs[:6], True, backend)
     h, _, states = output
     ctx.save_for_backward(a, states if keeps_states(a, b) else h, initial_state, flags, cu_seqlens)
     ctx.options = (reverse, backend)

@@ -302,7 +302,9 @@ def _forward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, dt_softplus, reverse, _, backend = inputs
+    *tensors, dt_softplus, reverse, save, backend = inputs
+    if not save:  # within torch.vmap the call cannot see that a gradient is wanted
+        output = selective_scan_fwd(*tensors, dt_softplus, reverse, True, backend)
     ctx.save_for_backward(*tensors, output[2])
     ctx.options = (dt_softplus, reverse, backend)
     ctx.set_materialize_grads(False)

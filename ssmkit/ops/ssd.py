@@ -347,9 +347,12 @@ def _forward_fake(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *tensors, dt_softplus, dt_min, dt_max, reverse, bidirectional, chunk, _, backend = inputs
+    *tensors, dt_softplus, dt_min, dt_max, reverse, bidirectional, chunk, save, backend = inputs
+    options = (dt_softplus, dt_min, dt_max, reverse, bidirectional, chunk)
+    if not save:  # within torch.vmap the call cannot see that a gradient is wanted
+        output = ssd_fwd(*tensors, *options, True, backend)
     ctx.save_for_backward(*tensors, output[2], output[3])
-    ctx.options = (dt_softplus, dt_min, dt_max, reverse, bidirectional, chunk, backend)
+    ctx.options = (*options, backend)
     ctx.set_materialize_grads(False)
 
 

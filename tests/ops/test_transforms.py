@@ -1,0 +1,134 @@
+"""What torch.func and forward mode see of the ops: right numbers or a refusal, never a tangent or gradient that is lost."""
+
+import pytest
+import torch
+from torch.autograd import forward_ad
+
+from ssmkit import ops, testing
+from ssmkit.backends import BackendError
+from ssmkit.testing import available
+
+# Forward mode loads decompositions that torch itself scripts at their first use.
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
+
+SIZES = {
+    "causal_conv1d": (2, 5, 4, 3),
+    "causal_conv1d_step": (2, 4, 3),
+    "linear_scan": (2, 5, 4),
+    "linear_step": (2, 4, 3),
+    "rms_norm": (2, 5, 4),
+    "selective_scan": (2, 5, 4, 3),
+    "selective_state_step": (2, 4, 3),
+    "ssd": (2, 5, 2, 4, 3),
+    "ssd_noncausal": (2, 5, 2, 4, 3),
+    "ssd_step": (2, 2, 4, 3),
+}
+DIFFERENTIABLE = [op for op in SIZES if not op.endswith("_step")]
+CASES = [(op, backend) for op in SIZES for backend in available(op)]
+IN_PLACE_CASES = [(op, backend) for op, backend in CASES if op.endswith("_step") and op != "linear_step"]
+DIFFERENTIABLE_CASES = [(op, backend) for op, backend in CASES if op in DIFFERENTIABLE]
+
+
+def call(op, backend):
+    """The op as a function of its input in float64, everything else held, and that input."""
+    optional = {"optional": ()} if op == "rms_norm" else {}
+    inputs = getattr(testing, f"{op}_inputs")(*SIZES[op], dtype=torch.float64, **optional)
+    inputs = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+    x = inputs.pop("b" if op == "linear_scan" else "x").to(testing.device_of(backend))
+
+    def function(x):
+        given = {k: v.to(x.device, copy=True) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        return getattr(ops, op)(**{"b" if op == "linear_scan" else "x": x}, **given, backend=backend)
+
+    return function, x
+
+
+def test_every_op_is_here():
+    assert list(SIZES) == ops.__all__
+
+
+@pytest.mark.parametrize(("op", "backend"), CASES)
+def test_forward_mode_is_refused(op, backend):
+    function, x = call(op, backend)
+    with pytest.raises(BackendError, match=rf"{op}: no kernel carries forward-mode.*backend='reference'"):
+        torch.func.jvp(function, (x,), (torch.ones_like(x),))
+    with forward_ad.dual_level(), pytest.raises(BackendError, match=f"{op}: no kernel"):
+        function(forward_ad.make_dual(x, torch.ones_like(x)))
+    assert function(x).isfinite().all()
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_forward_mode_over_the_backward_kernel_is_refused(op):
+    function, x = call(op, available(op)[0])
+    y = function(x.requires_grad_())
+    with forward_ad.dual_level(), pytest.raises(BackendError, match=f"{op}_bwd: no kernel"):
+        torch.autograd.grad(y, x, forward_ad.make_dual(torch.ones_like(y), torch.ones_like(y)))
+
+
+def test_forward_mode_is_refused_in_a_compiled_function():
+    function, x = call("rms_norm", available("rms_norm")[0])
+    compiled = torch.compile(lambda x: torch.func.jvp(function, (x,), (x,))[1], fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="rms_norm: no kernel carries forward-mode"):
+        compiled(x)
+
+
+@pytest.mark.parametrize("op", SIZES)
+def test_the_reference_carries_forward_mode(op):
+    function, x = call(op, "reference")
+    tangent, step = torch.randn_like(x), 1e-6
+    y, dy = torch.func.jvp(function, (x,), (tangent,))
+    torch.testing.assert_close(y, function(x), rtol=0, atol=0)
+    difference = (function(x + step * tangent) - function(x - step * tangent)) / (2 * step)
+    # Central differences of float64: the step squared, and rounding over the step.
+    torch.testing.assert_close(dy, difference, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize(("op", "backend"), DIFFERENTIABLE_CASES)
+def test_vmap(op, backend):
+    function, x = call(op, backend)
+    several = torch.stack([x, 2 * x]).requires_grad_()
+    mapped, looped = torch.vmap(function)(several), torch.stack([function(x) for x in several])
+    torch.testing.assert_close(mapped, looped, rtol=0, atol=0)
+    # Within vmap the call cannot see that its input requires a gradient.
+    gradients = [torch.autograd.grad(y.square().sum(), several)[0] for y in (mapped, looped)]
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("op", ["linear_scan", "selective_scan", "ssd"])
+def test_vmap_of_a_constant_in_lower_precision(op):
+    inputs = getattr(testing, f"{op}_inputs")(*SIZES[op], dtype=torch.bfloat16)
+    name = {"linear_scan": "a"}.get(op, "A")
+    constant = inputs[name][0, 0].detach().float() if op == "linear_scan" else inputs[name].detach()
+    several = torch.stack([constant, constant / 2]).requires_grad_()
+
+    def function(value):
+        return getattr(ops, op)(**{**inputs, name: value}).float().square().sum()
+
+    losses = torch.vmap(function)(several).sum(), function(several[0]) + function(several[1])
+    gradients = [torch.autograd.grad(loss, several)[0] for loss in losses]
+    torch.testing.assert_close(*gradients, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("op", "backend"), IN_PLACE_CASES)
+def test_vmap_of_a_state_in_place_is_refused(op, backend):
+    function, x = call(op, backend)
+    with pytest.raises(RuntimeError, match=f"Batching rule not implemented for ssmkit::{op}"):
+        torch.vmap(function)(torch.stack([x, x]))
+
+
+@pytest.mark.parametrize(("op", "backend"), DIFFERENTIABLE_CASES)
+def test_func_grad_is_refused_by_kernels(op, backend):
+    function, x = call(op, backend)
+    with pytest.raises(RuntimeError, match="functorch transforms"):
+        torch.func.grad(lambda x: function(x).square().sum())(x)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_func_grad_of_the_reference(op):
+    function, x = call(op, "reference")
+    several = torch.stack([x, 2 * x]).requires_grad_()
+    expected = torch.autograd.grad(sum(function(x).square().sum() for x in several), several)[0]
+    mapped = torch.vmap(torch.func.grad(lambda x: function(x).square().sum()))(several.detach())
+    torch.testing.assert_close(mapped, expected, rtol=1e-12, atol=1e-12)
