@@ -19,7 +19,7 @@ constexpr int kSums = 2;
 // other: two or four at a time, whose addresses lie apart, take 1.5 times as long there.
 constexpr int kInputRows = kVectorBytes == 64 ? 4 : 2;
 constexpr int kWeightRows = kVectorBytes == 64 ? 4 : 2;
-// Starting a thread costs what reading this much does.
+// About what starting a thread costs, in bytes read: an estimate.
 constexpr std::int64_t kBytesPerThread = 1 << 18;
 // Rows of x that one walk over the weight serves; with it they stay in the caches.
 constexpr std::int64_t kRowsPerWalk = 8;

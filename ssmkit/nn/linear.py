@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from ssmkit.backends import unusable
 from ssmkit.ops import linear_step
@@ -10,7 +11,7 @@ from ssmkit.ops import linear_step
 # With more rows, torch's matrix product is as fast: measured on an AMD EPYC (family 25, model 17) with the weights of
 # Mamba-130M. In half precision it has instructions of its own.
 MOST_ROWS, MOST_ROWS_OF_HALVES = 8, 4
-# A smaller weight costs less than calling the op does.
+# About what calling the op costs beyond torch, in elements of weight: an estimate.
 LEAST_WEIGHT = 1 << 16
 
 
@@ -35,8 +36,8 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def hooked(linear: nn.Linear) -> bool:
     """Whether calling the module does more than its class's forward."""
-    hooks = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    return bool(hooks) or "forward" in linear.__dict__
+    own = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
+    return bool(own) or _has_any_global_hook() or "forward" in linear.__dict__
 
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

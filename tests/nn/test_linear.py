@@ -13,16 +13,16 @@ WIDTH = 256
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Counts the products that linear_step computes."""
-    if "cpu" not in available("linear_step"):
-        pytest.skip("needs the compiled library")
+    """Counts the products that linear_step computes, by the reference where the library is not compiled."""
     seen, op = [], module.linear_step
+    backend = "auto" if "cpu" in available("linear_step") else "reference"
 
-    def counted(*args, **options):
+    def counted(*args):
         seen.append(args[0].shape)
-        return op(*args, **options)
+        return op(*args, backend=backend)
 
     monkeypatch.setattr(module, "linear_step", counted)
+    monkeypatch.setattr(module, "unusable", lambda name, module: None)
     return seen
 
 
@@ -54,6 +54,28 @@ def test_small_weights_are_torchs(calls):
     small = LEAST_WEIGHT // WIDTH - 1
     project(layer(small), torch.randn(1, small))
     assert not calls
+
+
+def test_without_the_compiled_library_products_are_torchs(calls, monkeypatch):
+    monkeypatch.setattr(module, "unusable", lambda name, module: "it is not compiled")
+    linear, x = layer(), torch.randn(1, WIDTH)
+    torch.testing.assert_close(project(linear, x), linear(x), rtol=0, atol=0)
+    assert not calls
+
+
+@pytest.mark.parametrize("register", ["forward_hook", "forward_pre_hook", "full_backward_hook"])
+def test_hooks_of_all_modules_are_called(register, calls):
+    ran = []
+    handle = getattr(nn.modules.module, f"register_module_{register}")(lambda module, *_: ran.append(module))
+    try:
+        linear = layer()
+        project(linear, torch.randn(1, WIDTH))
+        assert not calls
+        assert ran == [linear] or register == "full_backward_hook"
+    finally:
+        handle.remove()
+    project(linear, torch.randn(1, WIDTH))
+    assert len(calls) == 1
 
 
 class Adapted(nn.Linear):
