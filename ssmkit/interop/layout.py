@@ -41,3 +41,17 @@ def walk_of_seq_idx(seq_idx: Tensor | None, x: Tensor) -> tuple[Tensor | None, T
     resets, mask = walk_of(seq_idx, x, None, None)
     first = mask & (mask.cumsum(1) == 1)
     return resets | (first & (seq_idx > 0)), mask
+
+
+def early_end(cu_seqlens: Tensor, seq_idx: Tensor | None, seqlen: int) -> int | None:
+    """The last offset, where tokens that it leaves out follow: padding or sequences of other numbers. None elsewhere.
+
+    The states of what follows are not asked for.
+    """
+    if seq_idx is None or seq_idx.shape != (1, seqlen) or cu_seqlens.ndim != 1 or not cu_seqlens.numel():
+        return None
+    end = int(cu_seqlens[-1])
+    if not 0 <= end < seqlen:
+        return None
+    rest = seq_idx[:, end:]
+    return None if bool(torch.isin(rest[rest >= 0], seq_idx[:, :end]).any()) else end

@@ -58,20 +58,23 @@ def test_layers_call_their_input_u(name):
             assert torch.equal(flat.view_as(whole), whole) and torch.equal(layer(x[0], 9), flat)
 
 
-def test_padding_after_the_last_offset():
+def test_tokens_after_the_last_offset():
     """A row that goes on after the sequences that cu_seqlens tells of, as generation from packed prompts has it."""
     layer = Mamba2(**SIZES, layer_idx=0)
-    x, offsets = torch.randn(1, 9, 16), torch.tensor([0, 4, 7, 7])
-    seq_idx = torch.tensor([[0] * 4 + [1] * 3 + [-1] * 2])
-    params, alone = InferenceParams(9, 3), InferenceParams(9, 3)
+    x, offsets = torch.randn(1, 11, 16), torch.tensor([0, 4, 7, 7])
+    seq_idx = torch.tensor([[0] * 4 + [1] * 3 + [5] * 2 + [-1] * 2])
+    params, alone = InferenceParams(11, 3), InferenceParams(11, 3)
     with torch.no_grad():
         out = layer(x, seq_idx=seq_idx, cu_seqlens=offsets, inference_params=params)
         expected = layer(x[:, :7], cu_seqlens=offsets, inference_params=alone)
-    assert torch.equal(out[:, :7], expected) and not out[:, 7:].any()
+        assert torch.equal(out[:, :7], expected) and not out[:, 9:].any()
+        torch.testing.assert_close(out[:, 7:9], layer(x[:, 7:9]))
     for state, other in zip(params.key_value_memory_dict[0], alone.key_value_memory_dict[0], strict=True):
         assert torch.equal(state, other)
-    with pytest.raises(ValueError, match="cu_seqlens must run from 0 to seqlen 9"):
-        layer(x, seq_idx=seq_idx.abs(), cu_seqlens=offsets)
+    # a sequence that would go on there, and offsets alone, are mistakes
+    for numbers in (seq_idx.clamp(max=1), None):
+        with pytest.raises(ValueError, match="cu_seqlens must run from 0 to seqlen 11"):
+            layer(x, seq_idx=numbers, cu_seqlens=offsets)
 
 
 def test_steps_of_mamba3_have_the_official_order():

@@ -2,10 +2,11 @@
 
 from typing import Any
 
-import torch.nn.functional as F
+import torch
 from torch import Tensor
 
 from ssmkit import nn
+from ssmkit.interop.layout import early_end
 
 __all__ = ["Mamba2"]
 
@@ -24,12 +25,13 @@ class Mamba2(nn.Mamba2):
     ) -> Tensor:
         """Mix the tokens u (batch, seqlen, d_model), or (batch * seqlen, d_model) with seqlen given.
 
-        The other arguments, options too, are those of `ssmkit.nn.Mamba2.forward`. A row may go on after the last offset
-        of cu_seqlens, if seq_idx is negative there: what follows is padding, and its output is zero.
+        The other arguments, options too, are those of `ssmkit.nn.Mamba2.forward`. With seq_idx besides, cu_seqlens may end
+        before the row does: padding and other sequences follow then, which leave no state behind.
         """
-        if cu_seqlens is not None and seq_idx is not None and seqlen is None and u.ndim == 3:
-            length = int(cu_seqlens[-1]) if cu_seqlens.numel() else 0
-            if length < u.shape[1] and bool((seq_idx[:, length:] < 0).all()):
-                out = super().forward(u[:, :length], None, None, cu_seqlens, inference_params, **options)
-                return F.pad(out, (0, 0, 0, u.shape[1] - length))
+        if cu_seqlens is not None and seqlen is None and u.ndim == 3:
+            end = early_end(cu_seqlens, seq_idx, u.shape[1])
+            if end is not None:
+                assert seq_idx is not None
+                out = super().forward(u[:, :end], None, None, cu_seqlens, inference_params, **options)
+                return torch.cat([out, super().forward(u[:, end:], None, seq_idx[:, end:], **options)], dim=1)
         return super().forward(u, seqlen, seq_idx, cu_seqlens, inference_params, **options)

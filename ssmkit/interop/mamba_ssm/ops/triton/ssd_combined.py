@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssmkit.interop.layout import activation_of, common_dtype, walk_of_seq_idx, widen
+from ssmkit.interop.layout import activation_of, common_dtype, early_end, walk_of_seq_idx, widen
 from ssmkit.ops import causal_conv1d, rms_norm, selective_scan, ssd
 from ssmkit.ops._check import check_ndim, check_shape
 
@@ -46,8 +46,8 @@ def mamba_chunk_scan_combined(
         chunk_size: `chunk` of `ssd`; changes speed, not the result beyond rounding.
         initial_states: State before the first token    (batch, nheads, headdim, dstate); seen by sequence 0 of each row
         seq_idx: Number of each token's sequence, from 0; a change cuts, a negative number is a pad  (batch, seqlen) int
-        cu_seqlens: Offsets of the sequences packed into one row; needed for, and read only with, varlen states. Where they
-            end before the row does, seq_idx must be negative.
+        cu_seqlens: Offsets of the sequences packed into one row; needed for, and read only with, varlen states. With
+            seq_idx they may end before the row does; what follows leaves no state behind.
         return_final_states: Also return the state after each row.
         return_varlen_states: Also return the state after each sequence  (nseq, nheads, headdim, dstate)
         state_dtype: What states between chunks are kept in there; here always fp32 (fp64 for fp64), so a narrower dtype
@@ -66,8 +66,8 @@ def mamba_chunk_scan_combined(
     if return_varlen_states:
         if cu_seqlens is None:
             raise ValueError("cu_seqlens must be given with return_varlen_states=True")
-        nseq, end = cu_seqlens.shape[0] - 1, int(cu_seqlens[-1]) if cu_seqlens.numel() else 0
-        if mask is not None and end < x.shape[1] and not bool(mask[:, end:].any()):
+        nseq = cu_seqlens.shape[0] - 1
+        if early_end(cu_seqlens, seq_idx, x.shape[1]) is not None:
             cu_seqlens = F.pad(cu_seqlens, (0, 1), value=x.shape[1])
         if initial is not None and nseq:
             # only the first sequence sees it
