@@ -13,8 +13,9 @@ from ssmkit.paths.scan_path import Indices, ScanPath
 def hilbert(height: int, width: int) -> ScanPath:
     """Generalised Hilbert curve over an image of any size, from the top left along the longer side.
 
-    Follows J. Červený's construction ("gilbert", github.com/jakubcerveny/gilbert). Each step goes to a neighbour; only
-    where the longer side is odd and the shorter one even may one step be diagonal.
+    Follows J. Červený's construction ("gilbert", github.com/jakubcerveny/gilbert). Each step goes to a neighbour,
+    and the walk ends at the other end of that side. Where the longer side is odd and the shorter one even there is no
+    such walk: one step is diagonal then, or the walk ends elsewhere.
     """
     height, width = sizes(height=height, width=width)
     if height * width == 0:
