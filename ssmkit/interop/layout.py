@@ -6,7 +6,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ssmkit.nn.mamba2 import walk_of
+from ssmkit.nn._walk import walk_of
 
 
 def channels_last(x: Tensor | None) -> Tensor | None:

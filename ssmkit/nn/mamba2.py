@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkit.nn._inference import carried_state, check_one_token
+from ssmkit.nn._walk import walk_of
 from ssmkit.nn.linear import project
 from ssmkit.nn.mamba import MambaState, initial_dt_bias
 from ssmkit.nn.rms_norm import RMSNorm
 from ssmkit.ops import causal_conv1d, causal_conv1d_step, ssd, ssd_step
-from ssmkit.ops._check import check_dtype, check_limits, check_shape
+from ssmkit.ops._check import check_limits
 
 
 class Mamba2(nn.Module):
@@ -375,17 +376,3 @@ def unflatten(hidden_states: Tensor, seqlen: int, d_model: int) -> Tensor:
             f"got {tuple(hidden_states.shape)}; leave seqlen out for (batch, seqlen, {d_model})"
         )
     return hidden_states.unflatten(0, (-1, seqlen))
-
-
-def walk_of(
-    seq_idx: Tensor, hidden_states: Tensor, resets: Tensor | None, mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Resets where the number of the sequence changes and a mask that hides negative numbers, joined with those given."""
-    check_shape("seq_idx", seq_idx, hidden_states.shape[:2], "batch, seqlen")
-    check_dtype("seq_idx", seq_idx, (torch.int32, torch.int64))
-    real = seq_idx >= 0
-    # A pad has the number of the real token before it, so that it changes nothing.
-    latest = torch.where(real, torch.arange(seq_idx.shape[1], device=seq_idx.device), 0).cummax(1).values
-    number = seq_idx.gather(1, latest)
-    changes = F.pad((number[:, 1:] != number[:, :-1]) & (number[:, :-1] >= 0), (1, 0))[:, : seq_idx.shape[1]]
-    return changes if resets is None else changes | resets, real if mask is None else real & mask

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssmkit.nn._inference import carried_state, check_one_token
+from ssmkit.nn._walk import Walk, walk_of, walk_over
 from ssmkit.nn.linear import project
 from ssmkit.nn.mamba import initial_dt_bias
-from ssmkit.nn.mamba2 import walk_of
 from ssmkit.nn.rms_norm import RMSNorm
 from ssmkit.ops import ssd, ssd_step
 from ssmkit.ops._check import check_cu_seqlens, check_flag, check_shape
@@ -235,7 +235,7 @@ class Mamba3(nn.Module):
         return z, tokens
 
     def _scan(
-        self, tokens: Tokens, walk: "Walk", old: Mamba3State | None, flags: dict[str, Any]
+        self, tokens: Tokens, walk: Walk, old: Mamba3State | None, flags: dict[str, Any]
     ) -> tuple[Tensor, Mamba3State]:
         """Equation (3) and (2), and what the sequences carry on."""
         v, k, q, A, dt, lam, theta = tokens
@@ -268,9 +268,13 @@ class Mamba3(nn.Module):
         y = y + (self.D.to(v.dtype) - ahead * own)[..., None] * v
         if flags["mask"] is not None:
             y = torch.where(flags["mask"][..., None, None], y, 0.0)
-        return y, walk.carry(angle, ssm, k, v, old)
+        angles = angle.flatten(0, 1)[walk.last]
+        if old is not None:
+            angles = torch.where(walk.empty[:, None, None], old.angle, angles)
+        k_last = walk.latest(k, None if old is None else old.k[:, 0]).unsqueeze(1)
+        return y, Mamba3State(angles, ssm, k_last, walk.latest(v, None if old is None else old.v))
 
-    def _angles(self, dt: Tensor, theta: Tensor, walk: "Walk", initial: Tensor | None) -> Tensor:
+    def _angles(self, dt: Tensor, theta: Tensor, walk: Walk, initial: Tensor | None) -> Tensor:
         """Angle of each token in 0..2 pi, summed in fp64: a sum over many tokens would lose the digits that matter."""
         turn_BLHS = dt.double()[..., None] * theta.double()[..., None, :]
         total = turn_BLHS.cumsum(1)
@@ -346,82 +350,3 @@ def rotate(weight: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     even, odd = pairs.unflatten(-1, (nangles, 2)).unbind(-1)
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return torch.cat([turned.flatten(-2), rest], dim=-1)
-
-
-class Walk(NamedTuple):
-    """Who follows whom: indices of tokens run over (batch * seqlen), pads are skipped, a reset begins a new piece."""
-
-    cut: bool  # whether a row may have several pieces
-    sequence: Tensor  # (tokens,) of each token
-    origin: Tensor  # (tokens,) first token of its piece
-    inherits: Tensor  # (tokens,) whether its piece carries on the state from before the call
-    after: Tensor  # (tokens,) the next real token, where linked
-    linked: Tensor  # (tokens,) whether that is of the same piece
-    first: Tensor  # (nseq,) first real token, where begun
-    begun: Tensor  # (nseq,) whether there is one
-    last: Tensor  # (nseq,) last token, pads too, where there is any
-    last_real: Tensor  # (nseq,) last real token, where taken
-    taken: Tensor  # (nseq,) whether k and v are those of last_real
-    kept: Tensor  # (nseq,) whether k and v stay as they were
-    empty: Tensor  # (nseq,) whether there is no token at all
-
-    def carry(self, angle: Tensor, ssm: Tensor, k: Tensor, v: Tensor, old: Mamba3State | None) -> Mamba3State:
-        """The states after the call."""
-
-        def latest(values: Tensor, before: Tensor | None) -> Tensor:
-            taken, kept = (flag.view(-1, *[1] * (values.ndim - 2)) for flag in (self.taken, self.kept))
-            left = 0.0 if before is None else torch.where(kept, before, 0.0)
-            return torch.where(taken, values.flatten(0, 1)[self.last_real], left)
-
-        angles = angle.flatten(0, 1)[self.last]
-        if old is not None:
-            angles = torch.where(self.empty[:, None, None], old.angle, angles)
-        k_state = latest(k, None if old is None else old.k[:, 0])
-        return Mamba3State(angles, ssm, k_state.unsqueeze(1), latest(v, None if old is None else old.v))
-
-
-def walk_over(
-    batch: int,
-    seqlen: int,
-    resets: Tensor | None,
-    mask: Tensor | None,
-    cu_seqlens: Tensor | None,
-    device: torch.device,
-) -> Walk:
-    """The walk over batch * seqlen tokens, of which there is at least one."""
-    tokens = batch * seqlen
-    index = torch.arange(tokens, device=device)
-    offsets = torch.arange(batch + 1, device=device) * seqlen if cu_seqlens is None else cu_seqlens.long()
-    start, end = offsets[:-1], offsets[1:]
-    real = torch.ones_like(index, dtype=torch.bool) if mask is None else mask.reshape(-1)
-    drops = torch.zeros_like(real) if resets is None else resets.reshape(-1)
-
-    sequence = torch.searchsorted(end.contiguous(), index, right=True)
-    begins = drops | (index == start[sequence])
-    piece, origin = begins.cumsum(0), torch.where(begins, index, 0).cummax(0).values
-    inherits = (origin == start[sequence]) & ~drops[origin]
-
-    # The first real token from each on; one past the end there is none.
-    on = torch.where(F.pad(real, (0, 1)), torch.arange(tokens + 1, device=device), tokens)
-    on = on.flip(0).cummin(0).values.flip(0)
-    after, first = on[1:], on[start]
-    linked = real & (F.pad(piece, (0, 1), value=-1)[after] == piece)
-    last = (end - 1).clamp(min=0)
-    last_real = torch.where(real, index, -1).cummax(0).values[last]
-    some = (end > start) & (last_real >= start)
-    last_real = last_real.clamp(min=0)
-    return Walk(
-        cut=resets is not None or cu_seqlens is not None,
-        sequence=sequence,
-        origin=origin,
-        inherits=inherits,
-        after=after.clamp(max=tokens - 1),
-        linked=linked,
-        first=first.clamp(max=tokens - 1),
-        begun=first < end,
-        last=last,
-        last_real=last_real,
-        taken=some & (piece[last] == piece[last_real]),
-        kept=~some & ((end == start) | inherits[last]),
-        empty=end == start,
-    )
