@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ssmkit.ops import selective_scan
 from ssmkit.ops._walk import ScanOutput
 from ssmkit.testing import selective_scan_inputs
 
 from . import Absent, Bench, Prepared, Rival, compiled_anew, ggml, official, register
+from .reference import carried
 
 VLLM_SCAN = "vllm.model_executor.layers.mamba.ops.selective_scan_triton"
 CHUNK = 256  # tokens of the reference between two checkpoints
@@ -22,19 +22,14 @@ CHUNK = 256  # tokens of the reference between two checkpoints
 
 def carried_reference(**inputs: Any) -> Tensor:
     """The op's float64 reference, a chunk of tokens at a time with the state carried, so that gradients fit in memory."""
-    tokens = ("x", "dt", "B", "C")
-    y, state = [], None
 
-    def chunk(begin: int, state: Tensor | None) -> tuple[Tensor, Tensor]:
-        part = {name: value[:, begin : begin + CHUNK] if name in tokens else value for name, value in inputs.items()}
+    def scan(tokens: slice, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        part = {name: t[:, tokens] if name in ("x", "dt", "B", "C") else t for name, t in inputs.items()}
         scanned = selective_scan(**part, initial_state=state, return_final_state=True, backend="reference")
         assert isinstance(scanned, ScanOutput)
         return scanned
 
-    for begin in range(0, inputs["x"].shape[1], CHUNK):
-        y_chunk, state = checkpoint(chunk, begin, state, use_reentrant=False)
-        y.append(y_chunk)
-    return torch.cat(y, dim=1)
+    return carried(scan, inputs["x"].shape[1], CHUNK)
 
 
 class Scan(NamedTuple):

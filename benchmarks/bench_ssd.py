@@ -10,12 +10,12 @@ import torch
 import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from ssmkit.ops.ssd import AUTO_CHUNK, ssd, ssd_quadratic
 from ssmkit.testing import ssd_inputs
 
 from . import Absent, Bench, Prepared, Rival, compiled_anew, ggml, official, register
+from .reference import carried
 
 
 def carried_reference(
@@ -24,16 +24,13 @@ def carried_reference(
     """The op's float64 quadratic form, a chunk at a time with the state carried, so that it fits in memory."""
     options = (None, None, None, dt_softplus, 0.0, math.inf, False, False)
     D_HP = D[:, None].expand(*x.shape[2:])
-    y, state = [], x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3], dtype=torch.float64)
+    state = x.new_zeros(x.shape[0], *x.shape[2:], B.shape[3], dtype=torch.float64)
 
-    def chunk(begin: int, state: Tensor) -> tuple[Tensor, Tensor]:
-        x_, dt_, B_, C_ = (t[:, begin : begin + AUTO_CHUNK].double() for t in (x, dt, B, C))
+    def scan(tokens: slice, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        x_, dt_, B_, C_ = (t[:, tokens].double() for t in (x, dt, B, C))
         return ssd_quadratic(x_, dt_, A, B_, C_, D_HP, None, dt_bias, state, *options)
 
-    for begin in range(0, x.shape[1], AUTO_CHUNK):
-        y_chunk, state = checkpoint(chunk, begin, state, use_reentrant=False)
-        y.append(y_chunk)
-    return torch.cat(y, dim=1)
+    return carried(scan, x.shape[1], AUTO_CHUNK, state)
 
 
 class Duality(NamedTuple):
