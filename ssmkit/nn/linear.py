@@ -3,16 +3,18 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as of_all_modules
 
 from ssmkit.backends import unusable
 from ssmkit.ops import linear_step
+from ssmkit.ops._define import in_forward_mode, requires_grad
 
 # With more rows, torch's matrix product is as fast: measured on an AMD EPYC (family 25, model 17) with the weights of
 # Mamba-130M. In half precision it has instructions of its own.
 MOST_ROWS, MOST_ROWS_OF_HALVES = 8, 4
 # About what calling the op costs beyond torch, in elements of weight: an estimate.
 LEAST_WEIGHT = 1 << 16
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def project(linear: nn.Module, x: Tensor) -> Tensor:
@@ -36,12 +38,12 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def hooked(linear: nn.Linear) -> bool:
     """Whether calling the module does more than its class's forward."""
-    own = linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks
-    return bool(own) or _has_any_global_hook() or "forward" in linear.__dict__
+    hooks = any(getattr(linear, name) or getattr(of_all_modules, f"_global{name}") for name in HOOKS)
+    return hooks or "forward" in linear.__dict__
 
 
 def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    """Whether `linear_step` takes the product and is faster: few rows on the CPU, plain tensors, no gradient wanted."""
+    """Whether `linear_step` takes the product and is faster: few rows on the CPU, plain tensors, no derivative wanted."""
     given = (x, weight) if bias is None else (x, weight, bias)
     return (
         x.device.type == "cpu"
@@ -51,7 +53,8 @@ def few_rows(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.is_floating_point()
         # An exported program may be called with any number of rows.
         and not torch.compiler.is_exporting()
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in given))
+        and not in_forward_mode()
+        and not (torch.is_grad_enabled() and any(requires_grad(t) for t in given))
         and not torch.is_autocast_enabled("cpu")
         and unusable("cpu", "ssmkit.native.linear_step") is None
     )

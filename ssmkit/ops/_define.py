@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C import _functorch
 from torch.autograd import forward_ad
 
 from ssmkit.backends import BackendError
@@ -43,7 +44,8 @@ def define(
     LIBRARY.impl(name, _without_tangents(name, implementation), "CompositeExplicitAutograd")
     torch.library.register_fake(f"ssmkit::{name}", _without_tangents(name, fake), lib=LIBRARY)
     if backward is not None:
-        torch.library.register_autograd(f"ssmkit::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+        once = _only_once(name.removesuffix("_fwd"), backward)
+        torch.library.register_autograd(f"ssmkit::{name}", once, setup_context=setup_context, lib=LIBRARY)
     return getattr(torch.ops.ssmkit, name).default
 
 
@@ -62,9 +64,52 @@ def _without_tangents(name: str, function: Callable[..., Any]) -> Callable[..., 
     return refusing
 
 
+def _only_once(op: str, backward: Callable[..., Any]) -> Callable[..., Any]:
+    """`backward`, whose gradients refuse to be differentiated: their own gradients would be lost."""
+
+    @wraps(backward)
+    def refusing(ctx: Any, *grads: Tensor | None) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
+        with torch.no_grad():
+            outputs = backward(ctx, *grads)
+        found = [output for output in outputs if output is not None]
+        sources = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
+        guarded = iter(_Once.apply(op, len(found), *found, *sources))
+        return tuple(None if output is None else next(guarded) for output in outputs)
+
+    return refusing
+
+
+class _Once(torch.autograd.Function):
+    """Its first tensors, which depend on all of them in a way that has no derivative here."""
+
+    @staticmethod
+    def forward(ctx: Any, op: str, count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.op = op
+        return tuple(t.view_as(t) for t in tensors[:count])
+
+    @staticmethod
+    def backward(ctx: Any, *_: Tensor) -> Any:
+        raise BackendError(
+            f"{ctx.op}: kernels give first derivatives only and a gradient of their gradient was asked for; "
+            "ask for backend='reference', or for no create_graph"
+        )
+
+
 def in_forward_mode() -> bool:
     """Whether the call stands within torch.func.jvp or a torch.autograd.forward_ad.dual_level."""
     return forward_ad._current_level >= 0
+
+
+def requires_grad(x: Tensor) -> bool:
+    """Whether `x` requires a gradient, be it at a level of torch.func that vmap hides."""
+    if torch.compiler.is_compiling():
+        # Tracing shows no more than that there is such a level.
+        return x.requires_grad or _functorch.get_dynamic_layer_stack_depth() > 0
+    while not x.requires_grad and _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x.requires_grad
 
 
 def acc_dtype(dtype: torch.dtype) -> torch.dtype:

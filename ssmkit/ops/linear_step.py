@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssmkit.backends import Backend, choose, load
 from ssmkit.ops._check import FLOATS, check_device, check_dtype, check_ndim, check_shape
-from ssmkit.ops._define import define
+from ssmkit.ops._define import define, requires_grad
 
 BACKENDS = (
     Backend("cuda", device="cuda", module="ssmkit.native.linear_step_cuda"),
@@ -58,7 +58,7 @@ def _check(x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     check_device(x, weight=weight, bias=bias)
     if torch.is_grad_enabled():
         for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-            if tensor is not None and tensor.requires_grad:
+            if tensor is not None and requires_grad(tensor):
                 raise ValueError(
                     f"linear_step has no gradient and {name} requires one: call it under torch.no_grad(), "
                     "or use torch.nn.functional.linear"

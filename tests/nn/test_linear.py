@@ -114,6 +114,29 @@ def test_gradients_are_torchs(calls):
     assert len(calls) == 1
 
 
+def test_tangents_and_levels_of_torch_func_are_torchs(calls):
+    linear, x = layer(), torch.randn(2, WIDTH)
+
+    def tangent(x):
+        return torch.func.jvp(lambda x: project(linear, x), (x,), (x,))[1]
+
+    def gradient(x):
+        return torch.func.grad(lambda x: torch.vmap(lambda row: project(linear, row))(x).sum())(x)
+
+    expected = {tangent: x @ linear.weight.T, gradient: linear.weight.sum(0).expand(2, WIDTH)}
+    for function, value in expected.items():
+        torch.testing.assert_close(function(x), value)
+        torch.testing.assert_close(torch.compile(function, fullgraph=True, backend="aot_eager")(x), value)
+    assert not calls
+
+
+def test_a_compiled_layer_hands_its_few_rows_on():
+    linear, x = layer(), torch.randn(2, WIDTH)
+    for function in (project, lambda linear, x: torch.vmap(lambda row: project(linear, row))(x)):
+        compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(linear, x), linear(x))
+
+
 def test_autocast_and_mixed_dtypes_are_torchs(calls):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert project(layer(), torch.randn(1, WIDTH)).dtype == torch.bfloat16

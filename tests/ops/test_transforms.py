@@ -96,6 +96,51 @@ def test_vmap(op, backend):
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("backend", available("linear_step"))
+def test_vmap_hides_no_gradient_from_an_op_that_has_none(backend):
+    function, x = call("linear_step", backend)
+    several = torch.stack([x, 2 * x])
+    mapped, refused = torch.vmap(function), "linear_step has no gradient and x requires one"
+    for loss in (lambda x: mapped(x).sum(), lambda x: torch.vmap(mapped)(x[None]).sum()):
+        with pytest.raises(ValueError, match=refused):
+            torch.func.grad(loss)(several)
+        with pytest.raises(Exception, match=refused):
+            torch.compile(torch.func.grad(loss), fullgraph=True, backend="aot_eager")(several)
+    with pytest.raises(ValueError, match=refused):
+        mapped(several.clone().requires_grad_())
+    with torch.no_grad():
+        assert torch.equal(mapped(several.clone().requires_grad_()), mapped(several))
+
+
+@pytest.mark.parametrize(("op", "backend"), DIFFERENTIABLE_CASES)
+def test_a_gradient_of_the_gradient_is_refused_by_kernels(op, backend):
+    function, x = call(op, backend)
+    x.requires_grad_()
+    first = torch.autograd.grad(function(x).square().sum(), x)[0]
+    kept = torch.autograd.grad(function(x).square().sum(), x, create_graph=True)[0]
+    torch.testing.assert_close(kept, first, rtol=0, atol=0)
+    with pytest.raises(BackendError, match=f"{op}: kernels give first derivatives only.*backend='reference'"):
+        # What else leads to x does not hide it.
+        torch.autograd.grad(kept.square().sum() + x.sum(), x)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_a_gradient_of_the_gradient_of_the_reference(op):
+    function, x = call(op, "reference")
+    tangent, step = torch.randn_like(x), 1e-6
+
+    def gradient(x, **kwargs):
+        x = x.detach().requires_grad_()
+        return x, torch.autograd.grad(function(x).pow(3).sum(), x, **kwargs)[0]
+
+    x, first = gradient(x, create_graph=True)
+    second = torch.autograd.grad((first * tangent).sum(), x)[0]
+    difference = (gradient(x + step * tangent)[1] - gradient(x - step * tangent)[1]) / (2 * step)
+    # Central differences of float64: the step squared, and rounding over the step.
+    torch.testing.assert_close(second, difference, rtol=1e-6, atol=1e-6 * difference.abs().max().item())
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("op", ["linear_scan", "selective_scan", "ssd"])
 def test_vmap_of_a_constant_in_lower_precision(op):
     inputs = getattr(testing, f"{op}_inputs")(*SIZES[op], dtype=torch.bfloat16)
