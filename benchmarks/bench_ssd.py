@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from einops import repeat
 from torch import Tensor
 
-from ssmkit.ops.ssd import AUTO_CHUNK, ssd, ssd_quadratic
+from ssmkit.ops._ssd_reference import ssd_quadratic
+from ssmkit.ops.ssd import AUTO_CHUNK, ssd
 from ssmkit.testing import ssd_inputs
 
 from . import Absent, Bench, Prepared, Rival, compiled_anew, ggml, official, register

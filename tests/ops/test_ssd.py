@@ -7,7 +7,8 @@ import torch
 from golden_cases import load, names
 
 from ssmkit import native
-from ssmkit.ops.ssd import BACKENDS, chunk_for, ssd, ssd_bwd, ssd_fwd, ssd_quadratic, ssd_ref
+from ssmkit.ops._ssd_reference import ssd_quadratic, ssd_ref
+from ssmkit.ops.ssd import BACKENDS, chunk_for, ssd, ssd_bwd, ssd_fwd
 from ssmkit.testing import CANCELLATION, assert_close, available, device_of, run, ssd_inputs, to_double
 
 SHAPES = {  # batch, seqlen, nheads, headdim, dstate
