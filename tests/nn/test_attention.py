@@ -1,8 +1,9 @@
 """MHA: the written-out formula, steps, states, pads, resets, packing; GatedMLP."""
 
+from functools import partial
 from itertools import pairwise
-from types import SimpleNamespace
 
+import mixers
 import pytest
 import torch
 import torch.nn.functional as F
@@ -28,16 +29,13 @@ OPTIONS = {
         "out_proj_bias": False,
     },
 }
+tokens = partial(mixers.tokens, batch=BATCH, seqlen=SEQLEN, dim=DIM)
 every_option = pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 
 
 def layer(options, dtype=torch.float64, **more):
     torch.manual_seed(0)
     return MHA(DIM, **options, **more).to(dtype)
-
-
-def tokens(batch=BATCH, seqlen=SEQLEN, dtype=torch.float64, seed=1):
-    return torch.randn(batch, seqlen, DIM, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def written_out(mha, x):
@@ -94,9 +92,7 @@ def test_steps_and_pieces_equal_one_pass(options):
         # A state given away and overwritten afterwards does not spoil the gradients.
         torch.cat(parts, dim=1).sum().backward()
     state = mha.allocate_inference_cache(BATCH, SEQLEN)
-    with torch.no_grad():
-        stepped = torch.cat([mha.step(x[:, t : t + 1], *state)[0] for t in range(SEQLEN)], dim=1)
-    same(stepped, expected)
+    same(mixers.steps(mha, x, state), expected)
     assert state.lengths.tolist() == [SEQLEN] * BATCH
 
 
@@ -176,15 +172,9 @@ def test_causality():
 
 def test_inference_params():
     mha, x = layer(OPTIONS["all"], layer_idx=3), tokens()
-    params = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0, max_seqlen=SEQLEN)
-    with torch.no_grad():
-        for _ in range(2):  # offset 0 starts afresh
-            params.seqlen_offset = 0
-            parts = [mha(x[:, :7], params)]
-        for t in range(7, SEQLEN):
-            params.seqlen_offset = t
-            parts.append(mha(x[:, t : t + 1], params))
-    same(torch.cat(parts, dim=1), mha(x))
+    params, expected = mixers.inference_params(max_seqlen=SEQLEN), mha(x)
+    for _ in range(2):  # offset 0 starts afresh
+        same(mixers.prompt_and_steps(mha, x, params), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -1,19 +1,20 @@
 """Mamba2: the official block's numbers and weights, steps, states, pads, packing, compilation."""
 
 import math
-from itertools import pairwise
-from types import SimpleNamespace
+from functools import partial
 
+import mixers
 import pytest
 import torch
 import torch.nn.functional as F
 from golden_cases import load, names
+from mixers import tokens
 
 from ssmkit.nn import Mamba2, Mamba2Simple
-from ssmkit.testing import assert_close, available, device_of
+from ssmkit.testing import assert_close, device_of
 
-OTHERS = [[*available(op), "reference"] for op in ("causal_conv1d", "rms_norm", "ssd_step")]
-BACKENDS = [name for name in available("ssd", reference=True) if all(name in usable for usable in OTHERS)]
+BACKENDS = mixers.usable("ssd", "causal_conv1d", "rms_norm", "ssd_step")
+thorough = partial(mixers.thorough, BACKENDS)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 compiled_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
 SMALL = {"d_model": 8, "d_state": 4, "headdim": 4, "d_conv": 3}
@@ -27,14 +28,6 @@ VARIANTS = {
     "skip per channel": {"D_has_hdim": True},
     "biases": {"bias": True, "conv_bias": False, "conv_init": 0.5},
 }
-
-
-def thorough(cases, interpreted):
-    """Every case on every backend; of those of interpreted Triton, which take seconds each, only `interpreted`."""
-    slow = [] if torch.cuda.is_available() else ["triton"]
-    return [(case, backend) for case in cases for backend in BACKENDS if backend not in slow or case in interpreted]
-
-
 every_variant = pytest.mark.parametrize(("variant", "backend"), thorough(VARIANTS, ["groups"]))
 STEPPED = [name for name in names("mamba2_block*") if "y_step" in load(name).outputs]
 
@@ -51,11 +44,6 @@ def layer(backend="auto", dtype=torch.float64, seed=0, kind=Mamba2, **options):
     return made.to(device_of(backend))
 
 
-def tokens(backend="auto", batch=2, seqlen=11, dim=8, dtype=torch.float64, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, seqlen, dim, generator=generator, dtype=dtype).to(device_of(backend))
-
-
 def official(name, backend, dtype):
     case = load(name)
     options = {k: v for k, v in case.meta["config"].items() if k != "layer_idx"}
@@ -69,37 +57,13 @@ def official(name, backend, dtype):
     ("name", "backend"), thorough([*names("mamba2_block*"), "mamba2_simple_block"], ["mamba2_block_g2_bias"])
 )
 def test_official_block(name, backend):
-    """In float64 the stored float32 results are met to their rounding; in float32 to the bounds stored with the case."""
     for dtype in (torch.float64, torch.float32):
-        case, mixer = official(name, backend, dtype)
-        hidden = case.inputs["hidden_states"].to(device_of(backend), dtype).requires_grad_()
-        y = mixer(hidden)
-        y.backward(case.cotangents["y"].to(y))
-        got = {"in.hidden_states": hidden.grad, **{f"param.{k}": p.grad for k, p in mixer.named_parameters()}}
-        assert got.keys() == case.gradients.keys()
-        if dtype == torch.float64:
-            assert_close("y", y.float(), case.outputs["y"])
-            for key, value in got.items():
-                assert_close(key, value.float(), case.gradients[key])
-        else:
-            allowed = case.meta["expected_fp32_tol"]
-            pairs = [(y, case.outputs["y"], allowed["out_rel_to_max"])]
-            pairs += [(value, case.gradients[key], allowed["grad_rel_to_max"]) for key, value in got.items()]
-            for actual, expected, bound in pairs:
-                assert (actual.cpu() - expected).abs().max() <= bound * expected.abs().max()
+        mixers.check_official_block(*official(name, backend, dtype))
 
 
 @pytest.mark.parametrize(("name", "backend"), thorough(STEPPED, ["mamba2_block_dmlp"]))
 def test_official_step_and_states(name, backend):
-    case, mixer = official(name, backend, torch.float64)
-    hidden = case.inputs["hidden_states"].to(device_of(backend), torch.float64)
-    state = mixer.allocate_inference_cache(hidden.shape[0])
-    with torch.no_grad():
-        outputs = [mixer.step(hidden[:, t : t + 1], *state)[0] for t in range(hidden.shape[1])]
-    assert_close("y", torch.cat(outputs, dim=1).float(), case.outputs["y_step"])
-    # The official convolution state also holds the token that leaves it next.
-    assert_close("conv_state", state[0].float(), case.outputs["conv_state_after"].transpose(1, 2)[:, 1:])
-    assert_close("ssm_state", state[1].float(), case.outputs["ssm_state_after"])
+    mixers.check_official_steps(*official(name, backend, torch.float64))
 
 
 def test_transformers_mixer_gives_the_same_numbers():
@@ -116,43 +80,25 @@ def test_transformers_mixer_gives_the_same_numbers():
     hidden = tokens(dim=24, seqlen=33)
     with torch.no_grad():
         # Its scan and its norm run in float32 whatever the layer's dtype.
-        assert_close("y", ours.double()(hidden).float(), theirs(hidden), slack=4)
+        assert_close("y", ours.double()(hidden).float(), theirs(hidden))
 
 
 @every_variant
 def test_step_equals_forward(variant, backend):
-    mixer, hidden = layer(backend, **VARIANTS[variant]), tokens(backend, seqlen=5)
-    with torch.no_grad():
-        expected = mixer(hidden)
-        state = mixer.allocate_inference_cache(2)
-        stepped = torch.cat([mixer.step(hidden[:, t : t + 1], *state)[0] for t in range(5)], dim=1)
-    torch.testing.assert_close(stepped, expected)
+    mixers.check_step_equals_forward(layer(backend, **VARIANTS[variant]), tokens(backend, seqlen=5))
 
 
 @pytest.mark.parametrize(("cut", "backend"), thorough([0, 1, 6], [6]))
 def test_carried_state_equals_one_pass(cut, backend):
-    mixer, hidden = layer(backend, ngroups=2), tokens(backend)
-    expected = mixer(hidden)
-    state = mixer.allocate_inference_cache(2)
-    parts = [mixer(hidden[:, :cut], state=state), mixer(hidden[:, cut:], state=state)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), expected)
-    # A state given away and overwritten afterwards does not spoil the gradients.
-    torch.cat(parts, dim=1).sum().backward()
+    mixers.check_carried_state(layer(backend, ngroups=2), tokens(backend), cut)
 
 
 def test_inference_params_like_the_official_ones():
     mixer, hidden = layer(layer_idx=3), tokens()
-    cache = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)
+    cache, expected = mixers.inference_params(), mixer(hidden)
+    for _ in range(2):  # the second prompt starts from fresh states
+        torch.testing.assert_close(mixers.prompt_and_steps(mixer, hidden, cache), expected)
     with torch.no_grad():
-        expected = mixer(hidden)
-        for _ in range(2):  # the second prefill starts from fresh states
-            cache.seqlen_offset = 0
-            first = mixer(hidden[:, :7], inference_params=cache)
-            rest = []
-            for token in range(7, 11):
-                cache.seqlen_offset = token
-                rest.append(mixer(hidden[:, token : token + 1], inference_params=cache))
-            torch.testing.assert_close(torch.cat([first, *rest], dim=1), expected)
         # Packed prompts leave a state for each sequence.
         cache.seqlen_offset, cache.key_value_memory_dict = 0, {}
         packed = torch.cat([hidden[0, :4], hidden[1, :7]])[None]
@@ -167,7 +113,7 @@ def test_flattened_input_like_the_official_one():
     mixer, hidden = layer(layer_idx=0), tokens()
     expected = mixer(hidden)
     torch.testing.assert_close(mixer(hidden.flatten(0, 1), 11), expected.flatten(0, 1))
-    cache = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)
+    cache = mixers.inference_params()
     with torch.no_grad():
         rows = []
         for token in range(3):
@@ -178,43 +124,14 @@ def test_flattened_input_like_the_official_one():
 
 @pytest.mark.parametrize(("side", "backend"), thorough(["left", "inside"], ["inside"]))
 def test_pads_change_nothing(side, backend):
-    mixer, hidden = layer(backend), tokens(backend)
-    mask = torch.zeros(11, dtype=torch.bool)
-    mask[{"left": [3, 4, 5, 6, 7, 8, 9, 10], "inside": [1, 2, 6, 9]}[side]] = True
-    mask = mask.to(hidden.device)
-    expected = mixer(hidden[:, mask])
-    for value in (0.0, 1e4):
-        padded = torch.where(mask[None, :, None], hidden, value)
-        torch.testing.assert_close(mixer(padded, mask=mask.expand(2, 11))[:, mask], expected)
-
-
-def with_gradients(mixer, hidden, dy, run):
-    """The output of run(hidden), and the gradients of the input and of every parameter."""
-    hidden = hidden.clone().requires_grad_()
-    y = run(hidden)
-    return [y.detach(), *torch.autograd.grad(y, [hidden, *mixer.parameters()], dy)]
+    real = {"left": [3, 4, 5, 6, 7, 8, 9, 10], "inside": [1, 2, 6, 9]}[side]
+    mixers.check_pads(layer(backend), tokens(backend), real, values=(0.0, 1e4))
 
 
 @every_variant
 def test_packed_equals_separate_sequences(variant, backend):
-    """Forward and every gradient, however the cuts are told."""
     mixer, hidden = layer(backend, **VARIANTS[variant]), tokens(backend, batch=1)
-    dy = tokens(backend, batch=1, seed=2)
-    expected = with_gradients(
-        mixer, hidden, dy, lambda x: torch.cat([mixer(x[:, :4]), mixer(x[:, 4:5]), mixer(x[:, 5:])], dim=1)
-    )
-    offsets = torch.tensor([0, 4, 5, 11], device=hidden.device)
-    numbers = torch.tensor([[0] * 4 + [1] + [2] * 6], dtype=torch.int32, device=hidden.device)
-    starts = torch.arange(11, device=hidden.device)[None]
-    for told in (
-        {"cu_seqlens": offsets},
-        {"cu_seqlens": offsets.int(), "seq_idx": numbers},
-        {"seq_idx": numbers},
-        {"resets": starts.eq(4) | starts.eq(5)},
-        {"resets": starts.eq(4), "seq_idx": numbers.clamp(min=1)},
-    ):
-        actual = with_gradients(mixer, hidden, dy, lambda x, told=told: mixer(x, **told))
-        torch.testing.assert_close(actual, expected)
+    mixers.check_packed(mixer, hidden, dy=tokens(backend, batch=1, seed=2))
 
 
 @every_backend
@@ -237,17 +154,7 @@ def test_negative_sequence_numbers_are_pads(backend):
 
 @every_backend
 def test_packed_sequences_continue_their_states(backend):
-    mixer, hidden = layer(backend), tokens(backend, batch=3)
-    with torch.no_grad():
-        expected = mixer(hidden)
-        state = mixer.allocate_inference_cache(3)
-        # Tokens of each sequence seen so far; a call may bring none of one of them.
-        for begins, ends in pairwise([(0, 0, 0), (2, 0, 5), (3, 1, 5), (11, 11, 11)]):
-            pieces = [slice(begin, end) for begin, end in zip(begins, ends, strict=True)]
-            lengths = [end - begin for begin, end in zip(begins, ends, strict=True)]
-            offsets = torch.tensor([0, *lengths], device=hidden.device).cumsum(0)
-            packed, wanted = (torch.cat([t[i, piece] for i, piece in enumerate(pieces)]) for t in (hidden, expected))
-            torch.testing.assert_close(mixer(packed[None], cu_seqlens=offsets, state=state)[0], wanted)
+    mixers.check_packed_states(layer(backend), tokens(backend, batch=3))
 
 
 def test_the_norm_has_one_mean_for_each_group():
@@ -338,21 +245,7 @@ def test_low_precision_and_autocast(dtype, backend):
     dtype = getattr(torch, dtype)
     mixer, hidden = layer(backend, torch.float32), tokens(backend, dtype=torch.float32)
     expected = mixer(hidden)
-    device = hidden.device.type
-    low = layer(backend, dtype)
-    actual = low(hidden.to(dtype))
-    assert actual.dtype == dtype
-    state = low.allocate_inference_cache(2)
-    assert [part.dtype for part in state] == [dtype, torch.float32]
-    with torch.no_grad():
-        stepped = torch.cat([low.step(hidden[:, t : t + 1].to(dtype), *state)[0] for t in range(11)], dim=1)
-    outputs = [actual, stepped]
-    if device != "cpu" or dtype == torch.bfloat16:
-        with torch.autocast(device, dtype=dtype):
-            outputs.append(mixer(hidden))
-        outputs[-1].float().sum().backward()
-        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in mixer.parameters())
-    for output in outputs:
+    for output in mixers.low_precision(mixer, layer(backend, dtype), hidden, dtype, [dtype, torch.float32]):
         # Five roundings to dtype between input and output, and those of the weights, each of the size of one eps.
         assert (output - expected).abs().max() <= 8 * torch.finfo(dtype).eps * expected.abs().max()
 
@@ -360,31 +253,19 @@ def test_low_precision_and_autocast(dtype, backend):
 @compiled_backend
 def test_compile_fullgraph(backend):
     mixer, hidden = layer(backend, torch.float32), tokens(backend, dtype=torch.float32)
-    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(hidden), mixer(hidden))
     numbers = torch.arange(11, device=hidden.device).ge(8).int().expand(2, 11)
-    torch.testing.assert_close(compiled(hidden, seq_idx=numbers), mixer(hidden, seq_idx=numbers))
-    state, same = mixer.allocate_inference_cache(2), mixer.allocate_inference_cache(2)
-    step = torch.compile(mixer.step, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        torch.testing.assert_close(step(hidden[:, :1], *state)[0], mixer.step(hidden[:, :1], *same)[0])
-    torch.testing.assert_close(state, same)
+    mixers.check_compile_fullgraph(mixer, hidden, seq_idx=numbers)
 
 
 @pytest.mark.slow
 def test_compile_with_inductor():
-    mixer, hidden = layer("auto", torch.float32), tokens(dtype=torch.float32)
-    compiled = torch.compile(mixer, fullgraph=True)
-    torch.testing.assert_close(compiled(hidden), mixer(hidden), rtol=1e-5, atol=1e-6)
+    mixers.check_compile_with_inductor(layer("auto", torch.float32), tokens(dtype=torch.float32))
 
 
 @compiled_backend
 def test_export(backend):
-    mixer, hidden = layer(backend, torch.float32).eval(), tokens(backend, dtype=torch.float32)
-    length = torch.export.Dim("length", min=2, max=64)
-    program = torch.export.export(mixer, (hidden,), dynamic_shapes={"hidden_states": {1: length}})
-    longer = tokens(backend, seqlen=20, dtype=torch.float32)
-    torch.testing.assert_close(program.module()(longer), mixer(longer))
+    inputs = (tokens(backend, seqlen=seqlen, dtype=torch.float32) for seqlen in (11, 20))
+    mixers.check_export(layer(backend, torch.float32), *inputs)
 
 
 BAD = {
@@ -410,22 +291,13 @@ def test_bad_arguments(options, message):
 
 def test_bad_calls():
     mixer, hidden = layer(), tokens()
-    with pytest.raises(ValueError, match=r"hidden_states must have shape \(batch, 1, 8\), got \(2, 11, 8\)"):
-        mixer.step(hidden, *mixer.allocate_inference_cache(2))
+    mixers.check_bad_states(mixer, hidden, walk="mask, resets, seq_idx or cu_seqlens")
     with pytest.raises(
         ValueError, match=r"with seqlen 11, got \(2, 11, 8\); leave seqlen out for \(batch, seqlen, 8\)"
     ):
         mixer(hidden, seqlen=11)
     with pytest.raises(ValueError, match=r"seq_idx must have shape \(2, 11\)"):
         mixer(hidden, seq_idx=torch.zeros(2, 10, dtype=torch.int32))
-    with pytest.raises(ValueError, match="layer_idx must be given"):
-        mixer(hidden, inference_params=SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0))
-    decoding = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=1)
-    mixer.layer_idx = 0
-    with pytest.raises(ValueError, match="takes no mask, resets, seq_idx or cu_seqlens"):
-        mixer(hidden[:, :1], inference_params=decoding, resets=torch.ones(2, 1, dtype=torch.bool))
-    with pytest.raises(ValueError, match="give one of them"):
-        mixer(hidden[:, :1], inference_params=decoding, state=mixer.allocate_inference_cache(2))
     with pytest.raises(ValueError, match="initial_state must have shape"):
         mixer(hidden, state=mixer.allocate_inference_cache(3))
     with pytest.raises(ValueError, match="activation must be 'silu' or 'swish', got 'gelu'"):

@@ -1,21 +1,23 @@
 """Mamba3: the written-out recurrence, the official reference's numbers, steps, states, pads, packing, compilation."""
 
 import math
+from functools import partial
 from itertools import pairwise
-from types import SimpleNamespace
 
+import mixers
 import pytest
 import torch
 import torch.nn.functional as F
 from golden_cases import load, names
+from mixers import tokens, with_gradients
 from torch.func import functional_call
 
 from ssmkit.nn import Mamba3, MambaStack
 from ssmkit.ops import ssd
-from ssmkit.testing import CANCELLATION, assert_close, available, device_of
+from ssmkit.testing import CANCELLATION, assert_close, device_of
 
-OTHERS = [[*available(op), "reference"] for op in ("rms_norm", "ssd_step")]
-BACKENDS = [name for name in available("ssd", reference=True) if all(name in usable for usable in OTHERS)]
+BACKENDS = mixers.usable("ssd", "rms_norm", "ssd_step")
+thorough = partial(mixers.thorough, BACKENDS)
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
 # Each op is compiled and exported on every backend elsewhere, and Mamba2 is.
 compiled_backend = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"][-1:])
@@ -27,14 +29,6 @@ VARIANTS = {
     "norm": {"is_outproj_norm": True},
     "slowest rate": {"A_floor": 0.8},
 }
-
-
-def thorough(cases, interpreted):
-    """Every case on every backend; of those of interpreted Triton, which take seconds each, only `interpreted`."""
-    slow = [] if torch.cuda.is_available() else ["triton"]
-    return [(case, backend) for case in cases for backend in BACKENDS if backend not in slow or case in interpreted]
-
-
 every_variant = pytest.mark.parametrize(("variant", "backend"), thorough(VARIANTS, ["groups"]))
 
 
@@ -50,11 +44,6 @@ def layer(backend="auto", dtype=torch.float64, seed=0, **options):
         if name == "in_proj.weight":
             torch.nn.init.normal_(parameter, 0.0, 0.7)
     return made.to(device_of(backend))
-
-
-def tokens(backend="auto", batch=2, seqlen=11, dim=8, dtype=torch.float64, seed=1):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(batch, seqlen, dim, generator=generator, dtype=dtype).to(device_of(backend))
 
 
 def recurrence(mixer, u):
@@ -96,13 +85,6 @@ def recurrence(mixer, u):
     if mixer.norm is not None:
         y = y / (y.square().mean(-1, keepdim=True) + 1e-5).sqrt() * parameters["norm.weight"].view(heads, P)
     return (y.flatten(-2) * F.silu(z)) @ parameters["out_proj.weight"].T
-
-
-def with_gradients(mixer, hidden, dy, run):
-    """The output of run(hidden), and the gradients of the input and of every parameter."""
-    hidden = hidden.clone().requires_grad_()
-    y = run(hidden)
-    return [y.detach(), *torch.autograd.grad(y, [hidden, *mixer.parameters()], dy.to(y))]
 
 
 @every_variant
@@ -150,26 +132,7 @@ def test_official_block(name, backend):
     for dtype in (torch.float64, torch.float32):
         mixer = Mamba3(**case.meta["config"], backend=backend)
         mixer.load_state_dict(case.params, strict=True)
-        mixer = mixer.to(device_of(backend), dtype)
-        hidden = case.inputs["hidden_states"].to(device_of(backend), dtype).requires_grad_()
-        state = mixer.allocate_inference_cache(2)
-        y = mixer(hidden, state=state)
-        y.backward(case.cotangents["y"].to(y))
-        got = {"in.hidden_states": hidden.grad, **{f"param.{k}": p.grad for k, p in mixer.named_parameters()}}
-        assert got.keys() == case.gradients.keys()
-        outputs = {"y": y} | {f"{key}_state_after": part for key, part in state._asdict().items()}
-        assert outputs.keys() == case.outputs.keys()
-        if dtype == torch.float64:
-            for key, value in outputs.items():
-                assert_close(key, value.float(), case.outputs[key])
-            for key, value in got.items():
-                assert_close(key, value.float(), case.gradients[key])
-        else:
-            allowed = case.meta["expected_fp32_tol"]
-            pairs = [(value, case.outputs[key], allowed["out_rel_to_max"]) for key, value in outputs.items()]
-            pairs += [(value, case.gradients[key], allowed["grad_rel_to_max"]) for key, value in got.items()]
-            for actual, expected, bound in pairs:
-                assert (actual.cpu() - expected).abs().max() <= bound * expected.abs().max()
+        mixers.check_official_block(case, mixer.to(device_of(backend), dtype), carried=True)
 
 
 def test_gradcheck():
@@ -197,78 +160,31 @@ def test_lambda_of_one_and_no_angle_is_plain_ssd():
 
 @every_variant
 def test_step_equals_forward(variant, backend):
-    mixer, hidden = layer(backend, **VARIANTS[variant]), tokens(backend, seqlen=5)
-    state, same = mixer.allocate_inference_cache(2), mixer.allocate_inference_cache(2)
-    with torch.no_grad():
-        expected = mixer(hidden, state=same)
-        stepped = torch.cat([mixer.step(hidden[:, t : t + 1], *state)[0] for t in range(5)], dim=1)
-    torch.testing.assert_close(stepped, expected)
-    torch.testing.assert_close(state, same)
+    mixers.check_step_equals_forward(layer(backend, **VARIANTS[variant]), tokens(backend, seqlen=5))
 
 
 @pytest.mark.parametrize(("cut", "backend"), thorough([0, 1, 6, 11], [6]))
 def test_carried_state_equals_one_pass(cut, backend):
-    mixer, hidden = layer(backend, ngroups=2), tokens(backend)
-    state, same = mixer.allocate_inference_cache(2), mixer.allocate_inference_cache(2)
-    expected = mixer(hidden, state=same)
-    parts = [mixer(hidden[:, :cut], state=state), mixer(hidden[:, cut:], state=state)]
-    torch.testing.assert_close(torch.cat(parts, dim=1), expected)
-    torch.testing.assert_close(state, same)
-    # A state given away and overwritten afterwards does not spoil the gradients.
-    torch.cat(parts, dim=1).sum().backward()
+    mixers.check_carried_state(layer(backend, ngroups=2), tokens(backend), cut)
 
 
 def test_inference_params_like_the_official_ones():
     mixer, hidden = layer(layer_idx=3), tokens()
-    cache = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0)
-    with torch.no_grad():
-        expected = mixer(hidden)
-        for _ in range(2):  # the second prefill starts from fresh states
-            cache.seqlen_offset = 0
-            first = mixer(hidden[:, :7], inference_params=cache)
-            rest = []
-            for token in range(7, 11):
-                cache.seqlen_offset = token
-                rest.append(mixer(hidden[:, token : token + 1], inference_params=cache))
-            torch.testing.assert_close(torch.cat([first, *rest], dim=1), expected)
+    cache, expected = mixers.inference_params(), mixer(hidden)
+    for _ in range(2):  # the second prompt starts from fresh states
+        torch.testing.assert_close(mixers.prompt_and_steps(mixer, hidden, cache), expected)
     assert set(cache.key_value_memory_dict) == {3}
 
 
 @pytest.mark.parametrize(("variant", "backend"), thorough(["plain", "norm"], []))
 def test_packed_equals_separate_sequences(variant, backend):
-    """Forward and every gradient, however the cuts are told."""
     mixer, hidden = layer(backend, **VARIANTS[variant]), tokens(backend, batch=1)
-    dy = tokens(backend, batch=1, seed=2)
-    expected = with_gradients(
-        mixer, hidden, dy, lambda u: torch.cat([mixer(u[:, :4]), mixer(u[:, 4:5]), mixer(u[:, 5:])], dim=1)
-    )
-    offsets = torch.tensor([0, 4, 5, 5, 11], device=hidden.device)
-    numbers = torch.tensor([[0] * 4 + [1] + [2] * 6], dtype=torch.int32, device=hidden.device)
-    starts = torch.arange(11, device=hidden.device)[None]
-    for told in (
-        {"cu_seqlens": offsets},
-        {"cu_seqlens": offsets.int(), "seq_idx": numbers},
-        {"seq_idx": numbers},
-        {"resets": starts.eq(4) | starts.eq(5)},
-    ):
-        actual = with_gradients(mixer, hidden, dy, lambda u, told=told: mixer(u, **told))
-        torch.testing.assert_close(actual, expected)
+    mixers.check_packed(mixer, hidden, dy=tokens(backend, batch=1, seed=2))
 
 
 @every_backend
 def test_packed_sequences_continue_their_states(backend):
-    mixer, hidden = layer(backend), tokens(backend, batch=3)
-    state, same = mixer.allocate_inference_cache(3), mixer.allocate_inference_cache(3)
-    with torch.no_grad():
-        expected = mixer(hidden, state=same)
-        # Tokens of each sequence seen so far; a call may bring none of one of them.
-        for begins, ends in pairwise([(0, 0, 0), (2, 0, 5), (3, 1, 5), (11, 11, 11)]):
-            pieces = [slice(begin, end) for begin, end in zip(begins, ends, strict=True)]
-            lengths = [end - begin for begin, end in zip(begins, ends, strict=True)]
-            offsets = torch.tensor([0, *lengths], device=hidden.device).cumsum(0)
-            packed, wanted = (torch.cat([t[i, piece] for i, piece in enumerate(pieces)]) for t in (hidden, expected))
-            torch.testing.assert_close(mixer(packed[None], cu_seqlens=offsets, state=state)[0], wanted)
-    torch.testing.assert_close(state, same)
+    mixers.check_packed_states(layer(backend), tokens(backend, batch=3))
 
 
 PADDED = {"left": [3, 4, 5, 6, 7, 8, 9, 10], "right": [0, 1, 2, 3], "inside": [1, 2, 6, 9]}
@@ -389,19 +305,7 @@ def test_low_precision_and_autocast(dtype, backend):
     for parameter in (*mixer.parameters(), hidden):
         parameter.data.copy_(parameter.to(dtype))
     expected = mixer(hidden)
-    outputs = [low(hidden.to(dtype))]
-    assert outputs[0].dtype == dtype
-    state = low.allocate_inference_cache(2)
-    assert [part.dtype for part in state] == [torch.float32] * 3 + [dtype]
-    with torch.no_grad():
-        outputs.append(torch.cat([low.step(hidden[:, t : t + 1].to(dtype), *state)[0] for t in range(11)], dim=1))
-    device = hidden.device.type
-    if device != "cpu" or dtype == torch.bfloat16:
-        with torch.autocast(device, dtype=dtype):
-            outputs.append(mixer(hidden))
-        outputs[-1].float().sum().backward()
-        assert all(p.grad is not None and p.grad.dtype == torch.float32 for p in mixer.parameters())
-    for output in outputs:
+    for output in mixers.low_precision(mixer, low, hidden, dtype, [torch.float32] * 3 + [dtype]):
         # The projections, from which decays and angles are made, are rounded to dtype, and the gated product is again.
         assert (output - expected).abs().max() <= 8 * torch.finfo(dtype).eps * expected.abs().max()
 
@@ -409,24 +313,14 @@ def test_low_precision_and_autocast(dtype, backend):
 @compiled_backend
 def test_compile_fullgraph(backend):
     mixer, hidden = layer(backend, torch.float32), tokens(backend, dtype=torch.float32)
-    compiled = torch.compile(mixer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(hidden), mixer(hidden))
     numbers = torch.arange(11, device=hidden.device).ge(8).int().expand(2, 11)
-    torch.testing.assert_close(compiled(hidden, seq_idx=numbers), mixer(hidden, seq_idx=numbers))
-    state, same = mixer.allocate_inference_cache(2), mixer.allocate_inference_cache(2)
-    step = torch.compile(mixer.step, fullgraph=True, backend="aot_eager")
-    with torch.no_grad():
-        torch.testing.assert_close(step(hidden[:, :1], *state)[0], mixer.step(hidden[:, :1], *same)[0])
-    torch.testing.assert_close(state, same)
+    mixers.check_compile_fullgraph(mixer, hidden, seq_idx=numbers)
 
 
 @compiled_backend
 def test_export(backend):
-    mixer, hidden = layer(backend, torch.float32).eval(), tokens(backend, dtype=torch.float32)
-    length = torch.export.Dim("length", min=2, max=64)
-    program = torch.export.export(mixer, (hidden,), dynamic_shapes={"hidden_states": {1: length}})
-    longer = tokens(backend, seqlen=20, dtype=torch.float32)
-    torch.testing.assert_close(program.module()(longer), mixer(longer))
+    inputs = (tokens(backend, seqlen=seqlen, dtype=torch.float32) for seqlen in (11, 20))
+    mixers.check_export(layer(backend, torch.float32), *inputs)
 
 
 def test_in_a_stack():
@@ -458,21 +352,12 @@ def test_bad_arguments(options, message):
 
 def test_bad_calls():
     mixer, hidden = layer(), tokens()
-    with pytest.raises(ValueError, match=r"hidden_states must have shape \(batch, 1, 8\), got \(2, 11, 8\)"):
-        mixer.step(hidden, *mixer.allocate_inference_cache(2))
+    mixers.check_bad_states(mixer, hidden, walk="mask, resets, seq_idx or cu_seqlens")
     with pytest.raises(ValueError, match=r"seq_idx must have shape \(2, 11\)"):
         mixer(hidden, seq_idx=torch.zeros(2, 10, dtype=torch.int32))
     with pytest.raises(ValueError, match=r"resets must have shape \(2, 11\)"):
         mixer(hidden, resets=torch.zeros(11, dtype=torch.bool))
     with pytest.raises(ValueError, match="hidden_states must have batch 1, got 2"):
         mixer(hidden, cu_seqlens=torch.tensor([0, 11]))
-    with pytest.raises(ValueError, match="layer_idx must be given"):
-        mixer(hidden, inference_params=SimpleNamespace(key_value_memory_dict={}, seqlen_offset=0))
-    decoding = SimpleNamespace(key_value_memory_dict={}, seqlen_offset=1)
-    mixer.layer_idx = 0
-    with pytest.raises(ValueError, match="takes no mask, resets, seq_idx or cu_seqlens"):
-        mixer(hidden[:, :1], inference_params=decoding, resets=torch.ones(2, 1, dtype=torch.bool))
-    with pytest.raises(ValueError, match="give one of them"):
-        mixer(hidden[:, :1], inference_params=decoding, state=mixer.allocate_inference_cache(2))
     with pytest.raises(ValueError, match=r"state angle must have shape \(2, 4, 1\), got \(3, 4, 1\)"):
         mixer(hidden, state=mixer.allocate_inference_cache(3))
