@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ssmkit.models.language import VARIANTS, LanguageModel, LanguageModelConfig, language_model, language_model_config
-from ssmkit.nn import MHA
+from ssmkit.nn import MHA, Mamba
 
 SIZES = {"d_model": 16, "n_layer": 3, "vocab_size": 40}
 HEADS = {"headdim": 8, "d_state": 8}
@@ -146,6 +146,19 @@ def test_compile_fullgraph(options):
     model(ids).square().mean().backward()
     for name, parameter in model.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.slow
+def test_compile_with_inductor():
+    """A Mamba, an attention and a Mamba-2 layer as one graph, compiled to machine code: logits and gradients."""
+    options = {"layer": "mamba2", **HEADS, "attn_layer_idx": (1,), "num_heads": 2, "rotary_emb_dim": 4}
+    model, ids = make(options, torch.float32), prompts()
+    model.backbone.layers[0].mixer = Mamba(SIZES["d_model"], d_state=4)
+    compiled = torch.compile(model, fullgraph=True)
+    actual, expected = (
+        [y, *torch.autograd.grad(y.square().mean(), [*model.parameters()])] for y in (compiled(ids), model(ids))
+    )
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-6)
 
 
 def test_compile_with_states():
