@@ -7,6 +7,7 @@ import torch
 from golden_cases import load, names
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from step_cases import compare_narrow_state, compare_slots, compare_step, refuse_a_missing_slot
 
 from ssmkit.ops import causal_conv1d, causal_conv1d_step
 from ssmkit.ops.causal_conv1d_step import BACKENDS, causal_conv1d_step_op
@@ -16,7 +17,6 @@ from ssmkit.testing import (
     causal_conv1d_inputs,
     causal_conv1d_step_inputs,
     device_of,
-    to_double,
 )
 
 CALLS = {  # batch, dim, width and what else
@@ -36,14 +36,6 @@ backends = pytest.mark.parametrize("backend", available("causal_conv1d_step"))
 every_backend = pytest.mark.parametrize("backend", available("causal_conv1d_step", reference=True))
 
 
-def compare(inputs, backend, **options):
-    expected = to_double(inputs | {"state": inputs["state"].clone()})
-    y_expected = causal_conv1d_step(**expected, **options, backend="reference")
-    y = causal_conv1d_step(**inputs, **options, backend=backend)
-    assert_close("y", y, y_expected)
-    assert_close("state", inputs["state"], expected["state"])
-
-
 @backends
 @pytest.mark.parametrize("ring", [False, True], ids=["line", "ring"])
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -51,23 +43,21 @@ def compare(inputs, backend, **options):
 def test_output_and_state(sizes, options, dtype, ring, backend):
     inputs = causal_conv1d_step_inputs(*sizes, **options, dtype=dtype, device=device_of(backend))
     seen = torch.arange(sizes[0], device=device_of(backend)) * 5 + 3 if ring and inputs["state"].shape[1] else None
-    compare(inputs, backend, cache_seqlens=seen)
+    compare_step(causal_conv1d_step, inputs, backend, cache_seqlens=seen)
 
 
 @backends
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_state_of_lower_precision(state_dtype, backend):
     inputs = causal_conv1d_step_inputs(2, 12, 4, device=device_of(backend))
-    inputs["state"] = inputs["state"].to(state_dtype)
-    compare(inputs, backend)
-    assert inputs["state"].dtype == state_dtype
+    compare_narrow_state(causal_conv1d_step, inputs, state_dtype, backend)
 
 
 @backends
 @pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_filter_of_lower_precision(kind, backend):
     inputs = causal_conv1d_step_inputs(2, 12, 4, device=device_of(backend))
-    compare(inputs | {name: inputs[name].to(kind) for name in ("weight", "bias")}, backend)
+    compare_step(causal_conv1d_step, inputs | {name: inputs[name].to(kind) for name in ("weight", "bias")}, backend)
 
 
 @every_backend
@@ -133,19 +123,8 @@ def test_official_numbers(name, dtype, backend):
 @every_backend
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
 def test_slots(index_dtype, backend):
-    device = device_of(backend)
-    inputs = causal_conv1d_step_inputs(3, 6, 4, dtype=torch.float64, device=device)
-    slots = torch.tensor([5, -1, 2], dtype=index_dtype, device=device)
-    pool = torch.randn(7, 3, 6, dtype=torch.float64).to(device)
-    pool[[5, 2]] = inputs["state"][[0, 2]]
-    before = pool.clone()
-    y_expected = causal_conv1d_step(**inputs, backend="reference")
-    y = causal_conv1d_step(**(inputs | {"state": pool}), state_indices=slots, backend=backend)
-    torch.testing.assert_close(y[[0, 2]], y_expected[[0, 2]])
-    torch.testing.assert_close(pool[[5, 2]], inputs["state"][[0, 2]])
-    assert (y[1] == 0).all()
-    untouched = [0, 1, 3, 4, 6]
-    assert torch.equal(pool[untouched], before[untouched])
+    inputs = causal_conv1d_step_inputs(3, 6, 4, dtype=torch.float64, device=device_of(backend))
+    compare_slots(causal_conv1d_step, inputs, index_dtype, backend)
 
 
 # On a GPU nothing waits for the values.
@@ -154,8 +133,7 @@ def test_slots(index_dtype, backend):
 )
 def test_values_that_lead_outside_are_refused(backend):
     inputs = causal_conv1d_step_inputs(2, 6, 4)
-    with pytest.raises(ValueError, match="state_indices must be below the number of slots 2, got 2"):
-        causal_conv1d_step(**inputs, state_indices=torch.tensor([0, 2]), backend=backend)
+    refuse_a_missing_slot(causal_conv1d_step, inputs, backend)
     with pytest.raises(ValueError, match="cache_seqlens must not be negative, got -1"):
         causal_conv1d_step(**inputs, cache_seqlens=torch.tensor([0, -1]), backend=backend)
 

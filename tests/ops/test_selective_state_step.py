@@ -5,6 +5,15 @@ import importlib
 import pytest
 import torch
 from golden_cases import load, names
+from step_cases import (
+    compare_compiled,
+    compare_narrow_state,
+    compare_slots,
+    compare_step,
+    refuse,
+    refuse_a_missing_slot,
+    skip_a_missing_slot,
+)
 
 from ssmkit.ops import selective_scan, selective_state_step
 from ssmkit.ops.selective_state_step import BACKENDS, selective_state_step_op
@@ -14,7 +23,6 @@ from ssmkit.testing import (
     device_of,
     selective_scan_inputs,
     selective_state_step_inputs,
-    to_double,
 )
 
 SHAPES = {  # batch, dim, dstate
@@ -29,19 +37,13 @@ backends = pytest.mark.parametrize("backend", available("selective_state_step"))
 every_backend = pytest.mark.parametrize("backend", available("selective_state_step", reference=True))
 
 
-def compare(inputs, backend):
-    expected = to_double(inputs | {"state": inputs["state"].clone()})
-    y_expected = selective_state_step(**expected, backend="reference")
-    y = selective_state_step(**inputs, backend=backend)
-    assert_close("y", y, y_expected)
-    assert_close("state", inputs["state"], expected["state"])
-
-
 @backends
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_output_and_state(shape, dtype, backend):
-    compare(selective_state_step_inputs(*shape, dtype=dtype, device=device_of(backend)), backend)
+    compare_step(
+        selective_state_step, selective_state_step_inputs(*shape, dtype=dtype, device=device_of(backend)), backend
+    )
 
 
 OPTIONS = {
@@ -56,16 +58,16 @@ OPTIONS = {
 @backends
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options(options, backend):
-    compare(selective_state_step_inputs(2, 12, 5, device=device_of(backend), **options), backend)
+    compare_step(
+        selective_state_step, selective_state_step_inputs(2, 12, 5, device=device_of(backend), **options), backend
+    )
 
 
 @backends
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_state_of_lower_precision(state_dtype, backend):
     inputs = selective_state_step_inputs(2, 12, 5, device=device_of(backend))
-    inputs["state"] = inputs["state"].to(state_dtype)
-    compare(inputs, backend)
-    assert inputs["state"].dtype == state_dtype
+    compare_narrow_state(selective_state_step, inputs, state_dtype, backend)
 
 
 @every_backend
@@ -104,19 +106,8 @@ def test_official_numbers(name, dtype, backend):
 @every_backend
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
 def test_slots(index_dtype, backend):
-    device = device_of(backend)
-    inputs = selective_state_step_inputs(3, 6, 4, dtype=torch.float64, device=device)
-    slots = torch.tensor([5, -1, 2], dtype=index_dtype, device=device)
-    pool = torch.randn(7, 6, 4, dtype=torch.float64).to(device)
-    before = pool.clone()
-    pool[[5, 2]] = inputs["state"][[0, 2]]
-    y_expected = selective_state_step(**inputs, backend="reference")
-    y = selective_state_step(**(inputs | {"state": pool}), state_indices=slots, backend=backend)
-    torch.testing.assert_close(y[[0, 2]], y_expected[[0, 2]])
-    torch.testing.assert_close(pool[[5, 2]], inputs["state"][[0, 2]])
-    assert (y[1] == 0).all()
-    untouched = [0, 1, 3, 4, 6]
-    assert torch.equal(pool[untouched], before[untouched])
+    inputs = selective_state_step_inputs(3, 6, 4, dtype=torch.float64, device=device_of(backend))
+    compare_slots(selective_state_step, inputs, index_dtype, backend)
 
 
 # On a GPU nothing waits for the values.
@@ -124,26 +115,16 @@ def test_slots(index_dtype, backend):
     "backend", [b for b in available("selective_state_step", reference=True) if device_of(b).type == "cpu"]
 )
 def test_a_slot_that_does_not_exist_is_refused(backend):
-    inputs = selective_state_step_inputs(2, 6, 4)
-    with pytest.raises(ValueError, match="state_indices must be below the number of slots 2, got 2"):
-        selective_state_step(**inputs, state_indices=torch.tensor([0, 2]), backend=backend)
+    refuse_a_missing_slot(selective_state_step, selective_state_step_inputs(2, 6, 4), backend)
 
 
 @pytest.mark.skipif("triton" not in available("selective_state_step"), reason="Triton cannot run here")
 def test_triton_skips_a_slot_that_does_not_exist():
-    """Behind the op's check, which sees no values on a GPU: nothing is written outside the state."""
-    device = device_of("triton")
-    inputs = selective_state_step_inputs(2, 6, 4, device=device)
-    expected = selective_state_step(**inputs | {"state": inputs["state"].clone()}, backend="triton")
-    pool = torch.cat([inputs["state"], torch.full_like(inputs["state"], 7.0)])
+    inputs = selective_state_step_inputs(2, 6, 4, device=device_of("triton"))
     arguments = [inputs[name] for name in ("x", "dt", "A")] + [inputs[name].unsqueeze(1) for name in ("B", "C")]
     arguments += [inputs[name] for name in ("D", "z", "dt_bias")] + [inputs["dt_softplus"]]
-    step = importlib.import_module("ssmkit.kernels.selective_state_step").step
-    y = step(pool[:2], *arguments, torch.tensor([0, 2], device=device))
-    assert torch.equal(y[0], expected[0])
-    assert (y[1] == 0).all()
-    assert torch.equal(pool[1], inputs["state"][1])
-    assert (pool[2:] == 7.0).all()
+    kernels = importlib.import_module("ssmkit.kernels.selective_state_step")
+    skip_a_missing_slot(kernels.step, selective_state_step, inputs, arguments)
 
 
 @every_backend
@@ -173,11 +154,7 @@ def test_opcheck(backend):
 
 @backends
 def test_compile_fullgraph(backend):
-    compiled = torch.compile(selective_state_step, fullgraph=True, backend="aot_eager")
-    inputs = selective_state_step_inputs(2, 6, 4, device=device_of(backend))
-    same = inputs | {"state": inputs["state"].clone()}
-    torch.testing.assert_close(compiled(**inputs, backend=backend), selective_state_step(**same, backend=backend))
-    torch.testing.assert_close(inputs["state"], same["state"])
+    compare_compiled(selective_state_step, selective_state_step_inputs(2, 6, 4, device=device_of(backend)), backend)
 
 
 BAD = {
@@ -198,11 +175,7 @@ BAD = {
 
 @pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
 def test_bad_input(change, message):
-    inputs = selective_state_step_inputs(2, 6, 4)
-    before = inputs["state"].clone()
-    with pytest.raises(ValueError, match=message):
-        selective_state_step(**(inputs | change))
-    assert torch.equal(inputs["state"], before)
+    refuse(selective_state_step, selective_state_step_inputs(2, 6, 4), change, message)
 
 
 def test_a_backend_asked_for_by_name_never_falls_back():

@@ -6,10 +6,19 @@ import math
 import pytest
 import torch
 from golden_cases import load
+from step_cases import (
+    compare_compiled,
+    compare_narrow_state,
+    compare_slots,
+    compare_step,
+    refuse,
+    refuse_a_missing_slot,
+    skip_a_missing_slot,
+)
 
 from ssmkit.ops import ssd, ssd_step
 from ssmkit.ops.ssd_step import BACKENDS, ssd_step_op
-from ssmkit.testing import assert_close, available, device_of, ssd_inputs, ssd_step_inputs, to_double
+from ssmkit.testing import available, device_of, ssd_inputs, ssd_step_inputs
 
 SHAPES = {  # batch, nheads, headdim, dstate
     "smallest": (1, 1, 1, 1),
@@ -24,19 +33,11 @@ backends = pytest.mark.parametrize("backend", available("ssd_step"))
 every_backend = pytest.mark.parametrize("backend", available("ssd_step", reference=True))
 
 
-def compare(inputs, backend):
-    expected = to_double(inputs | {"state": inputs["state"].clone()})
-    y_expected = ssd_step(**expected, backend="reference")
-    y = ssd_step(**inputs, backend=backend)
-    assert_close("y", y, y_expected)
-    assert_close("state", inputs["state"], expected["state"])
-
-
 @backends
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_output_and_state(shape, dtype, backend):
-    compare(ssd_step_inputs(*shape, dtype=dtype, device=device_of(backend)), backend)
+    compare_step(ssd_step, ssd_step_inputs(*shape, dtype=dtype, device=device_of(backend)), backend)
 
 
 OPTIONS = {
@@ -51,7 +52,7 @@ OPTIONS = {
 @backends
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_options(options, backend):
-    compare(ssd_step_inputs(2, 6, 5, 7, device=device_of(backend), **options), backend)
+    compare_step(ssd_step, ssd_step_inputs(2, 6, 5, 7, device=device_of(backend), **options), backend)
 
 
 @backends
@@ -60,16 +61,14 @@ def test_skip_per_channel_without_softplus_within_limits(backend):
     inputs |= {"D": torch.randn(6, 5).to(device_of(backend)), "dt": inputs["dt"].abs() + 1.8, "dt_softplus": False}
     dt = inputs["dt"] + inputs["dt_bias"]
     limits = (dt.quantile(0.25).item(), dt.quantile(0.75).item())
-    compare(inputs | {"dt_limit": limits}, backend)
+    compare_step(ssd_step, inputs | {"dt_limit": limits}, backend)
 
 
 @backends
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_state_of_lower_precision(state_dtype, backend):
     inputs = ssd_step_inputs(2, 3, 4, 21, device=device_of(backend))
-    inputs["state"] = inputs["state"].to(state_dtype)
-    compare(inputs, backend)
-    assert inputs["state"].dtype == state_dtype
+    compare_narrow_state(ssd_step, inputs, state_dtype, backend)
 
 
 def walk(state, inputs, shared, backend, tokens=None):
@@ -120,43 +119,22 @@ def test_official_numbers_of_the_op(name, backend):
 @every_backend
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=["int32", "int64"])
 def test_slots(index_dtype, backend):
-    device = device_of(backend)
-    inputs = ssd_step_inputs(3, 2, 3, 4, dtype=torch.float64, device=device)
-    slots = torch.tensor([5, -1, 2], dtype=index_dtype, device=device)
-    pool = torch.randn(7, 2, 3, 4, dtype=torch.float64).to(device)
-    before = pool.clone()
-    pool[[5, 2]] = inputs["state"][[0, 2]]
-    y_expected = ssd_step(**inputs, backend="reference")
-    y = ssd_step(**(inputs | {"state": pool}), state_indices=slots, backend=backend)
-    torch.testing.assert_close(y[[0, 2]], y_expected[[0, 2]])
-    torch.testing.assert_close(pool[[5, 2]], inputs["state"][[0, 2]])
-    assert (y[1] == 0).all()
-    untouched = [0, 1, 3, 4, 6]
-    assert torch.equal(pool[untouched], before[untouched])
+    inputs = ssd_step_inputs(3, 2, 3, 4, dtype=torch.float64, device=device_of(backend))
+    compare_slots(ssd_step, inputs, index_dtype, backend)
 
 
 # On a GPU nothing waits for the values.
 @pytest.mark.parametrize("backend", [b for b in available("ssd_step", reference=True) if device_of(b).type == "cpu"])
 def test_a_slot_that_does_not_exist_is_refused(backend):
-    inputs = ssd_step_inputs(2, 2, 3, 4)
-    with pytest.raises(ValueError, match="state_indices must be below the number of slots 2, got 2"):
-        ssd_step(**inputs, state_indices=torch.tensor([0, 2]), backend=backend)
+    refuse_a_missing_slot(ssd_step, ssd_step_inputs(2, 2, 3, 4), backend)
 
 
 @pytest.mark.skipif("triton" not in available("ssd_step"), reason="Triton cannot run here")
 def test_triton_skips_a_slot_that_does_not_exist():
-    """Behind the op's check, which sees no values on a GPU: nothing is written outside the state."""
-    device = device_of("triton")
-    inputs = ssd_step_inputs(2, 2, 3, 4, device=device, optional=())
-    expected = ssd_step(**inputs | {"state": inputs["state"].clone()}, backend="triton")
-    pool = torch.cat([inputs["state"], torch.full_like(inputs["state"], 7.0)])
+    inputs = ssd_step_inputs(2, 2, 3, 4, device=device_of("triton"), optional=())
     arguments = [inputs[name] for name in ("x", "dt", "A", "B", "C")] + [None] * 3 + [True, 0.0, math.inf]
-    step = importlib.import_module("ssmkit.kernels.ssd_step").step
-    y = step(pool[:2], *arguments, torch.tensor([0, 2], device=device))
-    assert torch.equal(y[0], expected[0])
-    assert (y[1] == 0).all()
-    assert torch.equal(pool[1], inputs["state"][1])
-    assert (pool[2:] == 7.0).all()
+    kernels = importlib.import_module("ssmkit.kernels.ssd_step")
+    skip_a_missing_slot(kernels.step, ssd_step, inputs, arguments)
 
 
 @every_backend
@@ -210,11 +188,7 @@ def test_opcheck(backend):
 
 @backends
 def test_compile_fullgraph(backend):
-    compiled = torch.compile(ssd_step, fullgraph=True, backend="aot_eager")
-    inputs = ssd_step_inputs(2, 4, 3, 5, device=device_of(backend))
-    same = inputs | {"state": inputs["state"].clone()}
-    torch.testing.assert_close(compiled(**inputs, backend=backend), ssd_step(**same, backend=backend))
-    torch.testing.assert_close(inputs["state"], same["state"])
+    compare_compiled(ssd_step, ssd_step_inputs(2, 4, 3, 5, device=device_of(backend)), backend)
 
 
 BAD = {
@@ -238,11 +212,7 @@ BAD = {
 
 @pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
 def test_bad_input(change, message):
-    inputs = ssd_step_inputs(2, 4, 3, 5)
-    before = inputs["state"].clone()
-    with pytest.raises(ValueError, match=message):
-        ssd_step(**(inputs | change))
-    assert torch.equal(inputs["state"], before)
+    refuse(ssd_step, ssd_step_inputs(2, 4, 3, 5), change, message)
 
 
 def test_a_backend_asked_for_by_name_never_falls_back():
