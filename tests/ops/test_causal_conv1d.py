@@ -1,16 +1,10 @@
-"""causal_conv1d: every backend against the float64 reference, torch's own convolution, the official numbers, the laws."""
-
-import sys
-import types
-from itertools import pairwise
+"""causal_conv1d: every backend against the float64 reference, torch's own convolution, the official numbers."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from causal_conv1d_cases import compare, cotangents
 from golden_cases import load, names
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from laws import law, same
 
 from ssmkit import ScanPath
 from ssmkit.ops import causal_conv1d
@@ -28,29 +22,10 @@ SHAPES = {  # batch, seqlen, dim, width
     "trajectory": (4, 60, 16, 4),
 }
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
-# The package of the same name takes plain walks only; it has its own tests below.
+# The package of the same name takes plain walks only; test_causal_conv1d_package has its tests.
 BENDING = [backend for backend in available("causal_conv1d") if backend != "causal_conv1d"]
 backends = pytest.mark.parametrize("backend", BENDING)
 every_backend = pytest.mark.parametrize("backend", [*BENDING, "reference"])
-
-
-def cotangents(inputs, seed=1):
-    """Weights of y and of the final state."""
-    generator = torch.Generator().manual_seed(seed)
-    x, state, window = inputs["x"], inputs.get("initial_state"), inputs["weight"].shape[1] - 1
-    nseq = x.shape[0] if state is None else state.shape[0]
-    shapes = {"y": x.shape, "final_state": (nseq, window, x.shape[2])}
-    return {name: torch.randn(shape, generator=generator).to(x.dtype) for name, shape in shapes.items()}
-
-
-def compare(inputs, backend, **options):
-    """One backend against the reference in float64, outputs and all gradients."""
-    weights = cotangents(inputs)
-    actual = run(causal_conv1d, inputs, weights, return_final_state=True, backend=backend, **options)
-    expected = run(causal_conv1d, to_double(inputs), weights, return_final_state=True, backend="reference", **options)
-    assert actual.keys() == expected.keys()
-    for name in actual:
-        assert_close(name, actual[name], expected[name])
 
 
 @backends
@@ -122,134 +97,6 @@ def test_official_numbers(name, dtype, backend):
             assert (actual[key].cpu() - expected[key]).abs().max() <= 1e-10 * expected[key].abs().max(), key
         else:
             assert_close(key, actual[key], expected[key])
-
-
-# Laws
-
-
-law = settings(law, max_examples=20)
-
-
-def draw(data, **options):
-    """Small inputs of any shape, in float64 so that a law holds to rounding."""
-    batch, seqlen = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 20))
-    dim, width = data.draw(st.integers(1, 5)), data.draw(st.integers(1, 6))
-    options = {"dtype": torch.float64, "requires_grad": False, "seed": data.draw(st.integers(0, 2**16))} | options
-    return causal_conv1d_inputs(batch, seqlen, dim, width, **options)
-
-
-def conv(inputs, backend, **options):
-    """(y, final_state) on the CPU."""
-    device = device_of(backend)
-    arguments = {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in (inputs | options).items()}
-    out = causal_conv1d(**arguments, return_final_state=True, backend=backend)
-    return out.y.cpu(), out.final_state.cpu()
-
-
-@every_backend
-@law
-@given(data=st.data())
-def test_cutting_and_carrying_the_state_changes_nothing(backend, data):
-    inputs = draw(data)
-    x, reverse = inputs["x"], data.draw(st.booleans())
-    cut = data.draw(st.integers(0, x.shape[1]))
-    y, final = conv(inputs, backend, reverse=reverse)
-    first, second = (x[:, cut:], x[:, :cut]) if reverse else (x[:, :cut], x[:, cut:])
-    y_first, carried = conv(inputs | {"x": first}, backend, reverse=reverse)
-    y_second, final_second = conv(inputs | {"x": second, "initial_state": carried}, backend, reverse=reverse)
-    same(y, torch.cat([y_second, y_first] if reverse else [y_first, y_second], dim=1))
-    same(final, final_second)
-
-
-@every_backend
-@law
-@given(data=st.data())
-def test_reverse_is_flip_conv_flip(backend, data):
-    inputs = draw(data)
-    y, final = conv(inputs, backend, reverse=True)
-    y_flipped, final_flipped = conv(inputs | {"x": inputs["x"].flip(1)}, backend)
-    same(y, y_flipped.flip(1))
-    same(final, final_flipped)
-
-
-@every_backend
-@law
-@given(data=st.data())
-def test_a_token_reaches_as_far_as_the_filter(backend, data):
-    inputs = draw(data)
-    seqlen, width = inputs["x"].shape[1], inputs["weight"].shape[1]
-    token = data.draw(st.integers(0, seqlen - 1))
-    changed = inputs["x"].clone()
-    changed[:, token] += 1
-    differs = (conv(inputs, backend)[0] != conv(inputs | {"x": changed}, backend)[0]).any(-1).any(0)
-    assert differs[token]
-    assert not differs[:token].any()
-    assert not differs[token + width :].any()
-
-
-@every_backend
-@law
-@given(data=st.data())
-def test_resets_separate_sequences(backend, data):
-    inputs = draw(data)
-    x = inputs["x"]
-    cut = data.draw(st.integers(0, x.shape[1] - 1))
-    resets = torch.zeros(x.shape[:2], dtype=torch.bool)
-    resets[:, cut] = True
-    y, final = conv(inputs, backend, resets=resets)
-    y_first, _ = conv(inputs | {"x": x[:, :cut]}, backend)
-    fresh = inputs | {"x": x[:, cut:], "initial_state": torch.zeros_like(inputs["initial_state"])}
-    y_second, final_second = conv(fresh, backend)
-    same(y, torch.cat([y_first, y_second], dim=1))
-    same(final, final_second)
-
-
-@every_backend
-@law
-@given(data=st.data())
-def test_pads_might_as_well_not_be_there(backend, data):
-    inputs = draw(data)
-    x, reverse = inputs["x"], data.draw(st.booleans())
-    real = torch.tensor(data.draw(st.lists(st.booleans(), min_size=x.shape[1], max_size=x.shape[1])))
-    poisoned = inputs | {"x": torch.where(real.view(1, -1, 1), x, torch.nan)}
-    y, final = conv(poisoned, backend, mask=real.expand(x.shape[:2]), reverse=reverse)
-    y_without, final_without = conv(inputs | {"x": x[:, real]}, backend, reverse=reverse)
-    same(y[:, real], y_without)
-    assert (y[:, ~real] == 0).all()
-    same(final, final_without)
-
-
-@every_backend
-@law
-@given(data=st.data())
-def test_packed_equals_separate(backend, data):
-    lengths = data.draw(st.lists(st.integers(0, 9), min_size=1, max_size=4))
-    seed, reverse = data.draw(st.integers(0, 2**16)), data.draw(st.booleans())
-    options = {"nseq": len(lengths), "dtype": torch.float64, "requires_grad": False, "seed": seed}
-    inputs = causal_conv1d_inputs(1, sum(lengths), 3, data.draw(st.integers(1, 5)), **options)
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    y, final = conv(inputs, backend, cu_seqlens=offsets, reverse=reverse)
-    for s, (start, end) in enumerate(pairwise(offsets)):
-        one = inputs | {"x": inputs["x"][:, start:end], "initial_state": inputs["initial_state"][s : s + 1]}
-        y_one, final_one = conv(one, backend, reverse=reverse)
-        same(y[:, start:end], y_one)
-        same(final[s : s + 1], final_one)
-
-
-@every_backend
-@law
-@given(data=st.data())
-def test_a_path_is_gather_conv_scatter(backend, data):
-    inputs = draw(data)
-    x = inputs["x"]
-    order = torch.tensor(data.draw(st.permutations(range(x.shape[1]))))
-    restarts = data.draw(st.lists(st.integers(0, x.shape[1] - 1), max_size=2))
-    resets = torch.zeros(x.shape[:2], dtype=torch.bool)
-    resets[:, restarts] = True
-    y, final = conv(inputs, backend, path=ScanPath(order, restarts=restarts))
-    y_gathered, final_gathered = conv(inputs | {"x": x[:, order]}, backend, resets=resets)
-    same(y[:, order], y_gathered)
-    same(final, final_gathered)
 
 
 # Gradients of the irregular walks
@@ -463,78 +310,6 @@ def test_a_wider_initial_state_is_rounded_to_x(backend):
     expected = causal_conv1d(**inputs, return_final_state=True, backend=backend)
     assert torch.equal(out.y, expected.y)
     assert out.final_state.dtype == torch.bfloat16
-
-
-# The package causal-conv1d
-
-
-@pytest.fixture
-def package(monkeypatch):
-    """A stand-in with the package's signature and layout, which notes what it is called with."""
-    calls = []
-
-    def causal_conv1d_fn(
-        x,
-        weight,
-        bias=None,
-        seq_idx=None,
-        initial_states=None,
-        return_final_states=False,
-        final_states_out=None,
-        activation=None,
-    ):
-        assert x.stride(1) == 1
-        assert initial_states is None or initial_states.stride(1) == 1
-        assert seq_idx is None
-        assert final_states_out is None
-        calls.append((x.shape, activation))
-        dim, width = weight.shape
-        before = x.new_zeros(x.shape[0], dim, width - 1) if initial_states is None else initial_states
-        line = torch.cat([before, x], dim=-1)
-        y = F.conv1d(line, weight.unsqueeze(1), bias, groups=dim)
-        y = y if activation is None else F.silu(y)
-        return (y, line[..., line.shape[-1] - width + 1 :]) if return_final_states else y
-
-    fake = types.ModuleType("causal_conv1d")
-    fake.causal_conv1d_fn = causal_conv1d_fn
-    monkeypatch.setitem(sys.modules, "causal_conv1d", fake)
-    # The stand-in runs where the tests run.
-    monkeypatch.setattr("ssmkit.backends.runs_on", lambda row, device: row.name == "causal_conv1d")
-    monkeypatch.setattr("ssmkit.backends.unusable", lambda name, module: None)
-    return calls
-
-
-@pytest.mark.parametrize("optional", [(), ("bias",), ("bias", "initial_state")], ids=["bare", "bias", "state"])
-@pytest.mark.parametrize("activation", [None, "silu"])
-def test_the_package_gets_its_arguments(activation, optional, package):
-    inputs = causal_conv1d_inputs(2, 9, 8, 4, activation=activation, optional=optional)
-    compare(inputs, "causal_conv1d")
-    assert package == [((2, 8, 9), activation)]
-
-
-OUTSIDE = {
-    "a wide filter": ({}, (2, 9, 8, 5), "takes widths 2 to 4, got 5"),
-    "an odd dim": ({}, (2, 9, 7, 4), "takes a dim that is a multiple of 8"),
-    "float64": ({}, (2, 9, 8, 4), "takes float32, bfloat16 and float16, got float64"),
-    "resets": ({"resets": torch.zeros(2, 9, dtype=torch.bool)}, (2, 9, 8, 4), "takes no resets"),
-    "reverse": ({"reverse": True}, (2, 9, 8, 4), "takes no resets"),
-}
-
-
-@pytest.mark.parametrize(("walk", "shape", "reason"), OUTSIDE.values(), ids=OUTSIDE)
-def test_the_package_is_not_asked_for_what_it_cannot_do(walk, shape, reason, package):
-    inputs = causal_conv1d_inputs(*shape, dtype=torch.float64 if "float64" in reason else torch.float32)
-    with pytest.raises(NotImplementedError, match=f"causal_conv1d: {reason}"):
-        causal_conv1d(**inputs, **walk, backend="causal_conv1d")
-    assert not package
-
-
-@pytest.mark.skipif(
-    "causal_conv1d" not in available("causal_conv1d"), reason="the package causal-conv1d is not installed"
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_the_package_itself(dtype):
-    compare(causal_conv1d_inputs(2, 65, 16, 4, dtype=dtype, device="cuda"), "causal_conv1d")
 
 
 # Refusals
