@@ -120,7 +120,10 @@ class LanguageModelConfig:
         if self.layer not in get_args(Layer):
             raise ValueError(f"layer must be one of {', '.join(get_args(Layer))}, got {self.layer!r}")
         for name in ("dt_limit", "A_init_range", "attn_layer_idx"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))  # lists, in files
+            given = getattr(self, name)
+            if not isinstance(given, (tuple, list)):
+                raise ValueError(f"{name} must be a tuple or a list of numbers, got {given!r}")
+            object.__setattr__(self, name, tuple(given))  # lists, in files
         own = MIXER_FIELDS[self.layer]
         foreign = [
             field.name

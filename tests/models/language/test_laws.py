@@ -209,6 +209,7 @@ ERRORS = {
     "size": ({"n_layer": 0}, "n_layer must be at least 1, got 0"),
     "option of another layer": ({"headdim": 8, "ngroups": 2}, "mamba1 layers have no headdim, ngroups"),
     "attention index": ({**ATTENTION, "attn_layer_idx": (3,)}, r"attn_layer_idx must be different numbers in 0..2"),
+    "one attention index": ({"attn_layer_idx": 1}, "attn_layer_idx must be a tuple or a list of numbers, got 1"),
     "attention heads": ({"attn_layer_idx": (1,)}, "num_heads must be given"),
     "MLP": ({"d_intermediate": -1}, "d_intermediate must be at least 0, got -1"),
 }
