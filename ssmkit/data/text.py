@@ -8,6 +8,7 @@ one begins. Predictions are scored in bits per byte,
 where what precedes a byte is cut off at a window of `context`; windows overlap by half, so at least half of one is seen.
 """
 
+import errno
 import functools
 import glob
 import hashlib
@@ -44,15 +45,16 @@ class Piece(NamedTuple):
 
 
 class Stamp(NamedTuple):
-    """Size and time of the last change of a file, by which another content is noticed."""
+    """Which file it is, its size and the time of its last change, by which another content is noticed."""
 
+    inode: int
     size: int
     changed: int  # ns
 
     @classmethod
     def of(cls, status: os.stat_result) -> "Stamp":
         """From the answer of stat or fstat."""
-        return cls(status.st_size, status.st_mtime_ns)
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 class Text:
@@ -64,7 +66,8 @@ class Text:
     """
 
     def __init__(self, pieces: Sequence[Piece]) -> None:
-        self.pieces = [piece for piece in pieces if piece.size > 0]
+        # absolute: the folder that the process is in may change
+        self.pieces = [piece._replace(path=piece.path.absolute()) for piece in pieces if piece.size > 0]
         if not self.pieces:
             raise TextError(f"a text needs at least one byte, got none in {', '.join(str(p.path) for p in pieces[:3])}")
         sizes = np.array([piece.size for piece in self.pieces], np.int64)
@@ -93,6 +96,8 @@ class Text:
     def contents(self, index: int, at: int = 0, count: int | None = None) -> NDArray[np.uint8]:
         """The bytes of one piece, from `at` on and at most `count` of them."""
         piece = self.pieces[index]
+        if not 0 <= at <= piece.size:
+            raise ValueError(f"at must lie in 0..{piece.size}, the bytes of {piece.path}, got {at}")
         stamp = self.stamps[piece.path]
         if stamp.size < piece.first + piece.size:
             raise TextError(f"{piece.path} has become shorter since it was opened; start again")
@@ -119,7 +124,10 @@ class OpenFile:
 
     def __init__(self, path: Path, stamp: Stamp) -> None:
         self.path, self.stamp = path, stamp
-        self.descriptor = os.open(path, os.O_RDONLY)
+        try:
+            self.descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            raise TextError(f"{path} is no longer there; start again") from None
         weakref.finalize(self, os.close, self.descriptor)
 
     def read(self, start: int, count: int) -> NDArray[np.uint8]:
@@ -136,10 +144,18 @@ class OpenFile:
         return bytes_read
 
 
-@functools.lru_cache(maxsize=128)
 def opened(path: Path, stamp: Stamp) -> OpenFile:
-    """A file with this stamp; the files read last stay open."""
-    return OpenFile(path, stamp)
+    """A file with this stamp; the files read last stay open, as long as the process may have so many."""
+    try:
+        return keep_open(path, stamp)
+    except OSError as error:
+        if error.errno != errno.EMFILE:
+            raise
+        keep_open.cache_clear()
+        return keep_open(path, stamp)
+
+
+keep_open = functools.lru_cache(maxsize=32)(OpenFile)
 
 
 def text_files(sources: Sequence[str]) -> list[Path]:

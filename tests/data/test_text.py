@@ -6,6 +6,7 @@ import math
 import multiprocessing
 import os
 import pickle
+import resource
 import weakref
 
 import numpy as np
@@ -19,6 +20,7 @@ from ssmkit.data.text import (
     TextWindows,
     bits_per_byte,
     gzip_bits_per_byte,
+    keep_open,
     opened,
     scored_windows,
     some_windows,
@@ -86,7 +88,7 @@ def test_a_file_that_is_replaced_is_read_on_where_it_is_open(tmp_path):
     os.replace(other, path)
     assert text.read(60, 30).tobytes() == b"a" * 30
     assert Text.of(path).read(60, 30).tobytes() == b"z" * 30
-    opened.cache_clear()
+    keep_open.cache_clear()
     for refused in (text, unread):
         with pytest.raises(TextError, match=r"corpus has changed since it was opened"):
             refused.read(60, 30)
@@ -115,14 +117,55 @@ def test_only_the_files_read_last_are_open(tmp_path):
     names = {f"{i:03}": bytes([1 + i % 250]) * 3 for i in range(300)}
     text = Text.of(*make_files(tmp_path, names))
     assert text.read(0, len(text)).tobytes() == b"".join(b"\0" + content for content in names.values())
-    assert opened.cache_info().currsize == 128
+    assert keep_open.cache_info().currsize == 32
     alive = [weakref.ref(opened(piece.path, text.stamps[piece.path])) for piece in text.pieces[-3:]]
     descriptors = [file().descriptor for file in alive]
-    opened.cache_clear()
+    keep_open.cache_clear()
     assert [file() for file in alive] == [None] * 3
     for descriptor in descriptors:
         with pytest.raises(OSError, match="Bad file descriptor"):
             os.fstat(descriptor)
+
+
+def test_fewer_descriptors_than_files_kept_open(tmp_path):
+    names = {f"{i:02}": bytes([1 + i]) * 3 for i in range(40)}
+    text = Text.of(*make_files(tmp_path, names))
+    keep_open.cache_clear()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(map(int, os.listdir("/proc/self/fd"))) + 4, hard))
+    try:
+        row = text.read(0, len(text)).tobytes()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert row == b"".join(b"\0" + content for content in names.values())
+
+
+def test_another_file_of_the_same_size_and_time_is_not_taken_for_the_one_read_before(tmp_path):
+    path, other = make_files(tmp_path, {"corpus": b"a" * 9, "other": b"z" * 9})
+    for file in (path, other):
+        os.utime(file, ns=(5, 5))
+    assert Text.of(path).contents(0).tobytes() == b"a" * 9
+    os.replace(other, path)
+    assert Text.of(path).contents(0).tobytes() == b"z" * 9
+
+
+def test_a_file_that_is_gone_is_named(tmp_path):
+    (path,) = make_files(tmp_path, {"corpus": b"abc"})
+    text = Text.of(path)
+    path.unlink()
+    with pytest.raises(TextError, match=r"corpus is no longer there; start again"):
+        text.read(0, 2)
+
+
+def test_the_working_folder_may_change(tmp_path, monkeypatch):
+    make_files(tmp_path, {"corpus": b"abc"})
+    monkeypatch.chdir(tmp_path)
+    text = Text.of("corpus")
+    monkeypatch.chdir("/")
+    assert text.contents(0, 1).tobytes() == b"bc"
+    for at in (-1, 4):
+        with pytest.raises(ValueError, match=rf"at must lie in 0\.\.3, the bytes of .*corpus, got {at}"):
+            text.contents(0, at)
 
 
 def test_a_text_without_a_byte_is_refused(tmp_path):

@@ -1,5 +1,6 @@
 """Choosing the next tokens: one forward over the prompts, then a step for each token."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import index
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 # Below it fp32 has no reciprocal; two logits that differ are told apart long before.
 COLDEST = 1e-30
+FP32 = torch.finfo(torch.float32)
 
 
 class Step(NamedTuple):
@@ -45,11 +47,11 @@ class Sampling:
     def __post_init__(self) -> None:
         whole("top_k", self.top_k)
         for name, allowed, right in (
-            ("temperature", "at least 0", self.temperature >= 0),
+            ("temperature", "finite and at least 0", 0 <= self.temperature < math.inf),
             ("top_k", "at least 0", self.top_k >= 0),
             ("top_p", "in (0, 1]", 0 < self.top_p <= 1),
             ("min_p", "in [0, 1]", 0 <= self.min_p <= 1),
-            ("repetition_penalty", "positive", self.repetition_penalty > 0),
+            ("repetition_penalty", "positive and finite", 0 < self.repetition_penalty < math.inf),
         ):
             if not right:
                 raise ValueError(f"{name} must be {allowed}, got {getattr(self, name)}")
@@ -64,8 +66,9 @@ class Sampling:
         """
         logits = logits.float()
         if seen is not None and self.repetition_penalty != 1:
-            penalised = torch.where(logits > 0, logits / self.repetition_penalty, logits * self.repetition_penalty)
-            logits = torch.where(seen, penalised, logits)
+            factor = min(max(self.repetition_penalty, COLDEST), 1 / COLDEST)
+            penalised = torch.where(logits > 0, logits / factor, logits * factor)
+            logits = torch.where(seen, penalised.clamp(FP32.min, FP32.max), logits)
         if self.temperature == 0:
             return logits.argmax(-1)
         # The most probable is 0 before it is divided: what overflows, however cold, is the logit of an improbable token.
@@ -94,6 +97,8 @@ class Sampling:
 def whole(name: str, value: Any) -> int:
     """An integer, also one of numpy or a tensor of one."""
     try:
+        if isinstance(value, bool):
+            raise TypeError
         return index(value)
     except TypeError:
         raise ValueError(f"{name} must be an integer, got {value!r}") from None

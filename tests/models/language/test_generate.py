@@ -181,6 +181,11 @@ def test_repetition_penalty():
     only = torch.where(torch.tensor([False, False, False, False, True, True]), LOGITS, -torch.inf)
     assert sampling.draw(only).item() == 4
     assert sampling.draw(only, seen).item() == 5
+    zero = torch.tensor([[0.0, 2.0, -1.0]])
+    for penalty, token in ((1e300, 0), (1e-300, 1)):
+        for temperature in (0.0, 1e-3):
+            drawn = Sampling(repetition_penalty=penalty, temperature=temperature).draw(zero, torch.ones(1, 3).bool())
+            assert drawn.item() == token
     model, ids = make(CONFIGS["mamba1"]), prompts()
     tokens = model.generate(ids, 10, repetition_penalty=1e6)
     for row in tokens.tolist():
@@ -188,12 +193,18 @@ def test_repetition_penalty():
 
 
 ERRORS = {
-    "temperature": ({"temperature": -1.0}, "temperature must be at least 0, got -1.0"),
+    "temperature": ({"temperature": -1.0}, "temperature must be finite and at least 0, got -1.0"),
     "top_k": ({"top_k": -1}, "top_k must be at least 0, got -1"),
     "top_p": ({"top_p": 0.0}, r"top_p must be in \(0, 1\], got 0.0"),
     "min_p": ({"min_p": 1.5}, r"min_p must be in \[0, 1\], got 1.5"),
-    "penalty": ({"repetition_penalty": 0.0}, "repetition_penalty must be positive, got 0.0"),
-    "temperature of no number": ({"temperature": math.nan}, "temperature must be at least 0, got nan"),
+    "penalty": ({"repetition_penalty": 0.0}, "repetition_penalty must be positive and finite, got 0.0"),
+    "temperature without end": ({"temperature": math.inf}, "temperature must be finite and at least 0, got inf"),
+    "penalty without end": (
+        {"repetition_penalty": math.inf},
+        "repetition_penalty must be positive and finite, got inf",
+    ),
+    "top_k of a yes": ({"top_k": True}, "top_k must be an integer, got True"),
+    "temperature of no number": ({"temperature": math.nan}, "temperature must be finite and at least 0, got nan"),
     "top_k in parts": ({"top_k": 2.5}, "top_k must be an integer, got 2.5"),
     "top_k as a float": ({"top_k": 2.0}, "top_k must be an integer, got 2.0"),
     "top_p of more than all": ({"top_p": 1.5}, r"top_p must be in \(0, 1\], got 1.5"),
