@@ -182,10 +182,10 @@ def test_repetition_penalty():
     assert sampling.draw(only).item() == 4
     assert sampling.draw(only, seen).item() == 5
     zero = torch.tensor([[0.0, 2.0, -1.0]])
-    for penalty, token in ((1e300, 0), (1e-300, 1)):
+    for penalty, possible in ((1e300, {0, 1}), (1e-300, {1})):
         for temperature in (0.0, 1e-3):
             drawn = Sampling(repetition_penalty=penalty, temperature=temperature).draw(zero, torch.ones(1, 3).bool())
-            assert drawn.item() == token
+            assert drawn.item() in possible
     model, ids = make(CONFIGS["mamba1"]), prompts()
     tokens = model.generate(ids, 10, repetition_penalty=1e6)
     for row in tokens.tolist():
