@@ -71,14 +71,25 @@ def _only_once(op: str, backward: Callable[..., Any]) -> Callable[..., Any]:
     def refusing(ctx: Any, *grads: Tensor | None) -> Any:
         if not torch.is_grad_enabled():
             return backward(ctx, *grads)
+        read = _Read(ctx)
         with torch.no_grad():
-            outputs = backward(ctx, *grads)
+            outputs = backward(read, *grads)
         found = [output for output in outputs if output is not None]
-        sources = [t for t in (*ctx.saved_tensors, *grads) if t is not None and t.requires_grad]
+        sources = [t for t in (*read.saved_tensors, *grads) if t is not None and t.requires_grad]
         guarded = iter(_Once.apply(op, len(found), *found, *sources))
         return tuple(None if output is None else next(guarded) for output in outputs)
 
     return refusing
+
+
+class _Read:
+    """`ctx` with its saved tensors, which it gives out once: checkpoints refuse a second time, other hooks run again."""
+
+    def __init__(self, ctx: Any) -> None:
+        self._ctx, self.saved_tensors = ctx, ctx.saved_tensors
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._ctx, name)
 
 
 class _Once(torch.autograd.Function):

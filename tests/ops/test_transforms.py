@@ -3,6 +3,8 @@
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 from ssmkit import ops, testing
 from ssmkit.backends import BackendError
@@ -122,6 +124,21 @@ def test_a_gradient_of_the_gradient_is_refused_by_kernels(op, backend):
     with pytest.raises(BackendError, match=f"{op}: kernels give first derivatives only.*backend='reference'"):
         # What else leads to x does not hide it.
         torch.autograd.grad(kept.square().sum() + x.sum(), x)
+
+
+@pytest.mark.parametrize("op", DIFFERENTIABLE)
+def test_saved_tensors_are_read_once(op):
+    function, x = call(op, available(op)[0])
+    x.requires_grad_()
+    expected = torch.autograd.grad(function(x).square().sum(), x)[0]
+    packed, unpacked = [], []
+    with saved_tensors_hooks(lambda t: packed.append(t.shape) or t, lambda t: unpacked.append(t.shape) or t):
+        y = function(x)
+    torch.autograd.grad(y.sum(), x, create_graph=True)
+    assert packed == unpacked != []
+    y = checkpoint(function, x, use_reentrant=False)
+    gradient = torch.autograd.grad(y.square().sum(), x, create_graph=True)[0]
+    torch.testing.assert_close(gradient, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
