@@ -24,8 +24,9 @@ allocator that does not map large temporaries anew. "Of the limit" compares with
 at the copy rate and the arithmetic at its rates (exponentials, multiply-adds, those of matrix products at the rate of
 torch's), each measured beside the op in every round; it is an upper bound that no implementation need be able to reach.
 A share above 100 % says that what the op reads lay in a cache, or that the machine was slower while its rates were
-measured; where none stands, the rate of multiply-adds had been measured too low to tell. Peak memory counts inputs, output and gradients too, and is given as a multiple of these. "Exclusive windows"
-ran under the real-time scheduler on a machine that was in use.
+measured; where none stands, the rate of multiply-adds had been measured too low to tell. Peak memory counts inputs,
+output and gradients too, and is given as a multiple of these. "Exclusive windows" ran under the real-time scheduler on
+a machine that was in use.
 """
 
 
