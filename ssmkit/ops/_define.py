@@ -10,8 +10,9 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _C, Tensor
 from torch._C import _functorch
+from torch._library.autograd import Info, make_autograd_impl
 from torch.autograd import forward_ad
 
 from ssmkit.backends import BackendError
@@ -45,7 +46,10 @@ def define(
     torch.library.register_fake(f"ssmkit::{name}", _without_tangents(name, fake), lib=LIBRARY)
     if backward is not None:
         once = _only_once(name.removesuffix("_fwd"), backward)
-        torch.library.register_autograd(f"ssmkit::{name}", once, setup_context=setup_context, lib=LIBRARY)
+        op = getattr(torch.ops.ssmkit, name).default
+        kernel = make_autograd_impl(op, Info(once, setup_context))
+        # As torch.library.register_autograd, but for the refusal.
+        LIBRARY.impl(name, _without_torch_func(name.removesuffix("_fwd"), kernel), "Autograd", with_keyset=True)
     return getattr(torch.ops.ssmkit, name).default
 
 
@@ -60,6 +64,22 @@ def _without_tangents(name: str, function: Callable[..., Any]) -> Callable[..., 
                 "torch.autograd.forward_ad); ask for backend='reference', or differentiate backwards"
             )
         return function(*args)
+
+    return refusing
+
+
+def _without_torch_func(op: str, kernel: Callable[..., Any]) -> Callable[..., Any]:
+    """The autograd kernel of `op`, refused at a level of torch.func that asks for a gradient."""
+
+    within_torch_func = _C._are_functorch_transforms_active
+
+    def refusing(*keyset_and_args: Any) -> Any:
+        if within_torch_func() and torch.is_grad_enabled() and _C._any_requires_grad(*keyset_and_args[1:]):
+            raise BackendError(
+                f"{op}: kernels give no gradients to torch.func (grad, vjp, jacrev, hessian); ask for "
+                "backend='reference', or differentiate with torch.autograd"
+            )
+        return kernel(*keyset_and_args)
 
     return refusing
 

@@ -183,8 +183,21 @@ def test_vmap_of_a_state_in_place_is_refused(op, backend):
 @pytest.mark.parametrize(("op", "backend"), DIFFERENTIABLE_CASES)
 def test_func_grad_is_refused_by_kernels(op, backend):
     function, x = call(op, backend)
-    with pytest.raises(RuntimeError, match="functorch transforms"):
-        torch.func.grad(lambda x: function(x).square().sum())(x)
+    refused = f"{op}: kernels give no gradients to torch.func.*backend='reference'"
+    for transform in (torch.func.grad, torch.func.jacrev, torch.func.hessian, lambda f: lambda x: torch.func.vjp(f, x)):
+        with pytest.raises(BackendError, match=refused):
+            transform(lambda x: function(x).square().sum())(x)
+    with pytest.raises(BackendError, match=refused):
+        torch.vmap(torch.func.grad(lambda x: function(x).square().sum()))(x[None])
+    # What does not lead to the argument is a constant there.
+    assert torch.func.grad(lambda scale: (scale * function(x)).sum())(torch.tensor(2.0)).isfinite()
+
+
+def test_func_grad_is_refused_in_a_compiled_function():
+    function, x = call("rms_norm", available("rms_norm")[0])
+    compiled = torch.compile(torch.func.grad(lambda x: function(x).sum()), fullgraph=True, backend="aot_eager")
+    with pytest.raises(Exception, match="rms_norm: kernels give no gradients to torch.func"):
+        compiled(x)
 
 
 @pytest.mark.parametrize("op", DIFFERENTIABLE)
