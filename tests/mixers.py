@@ -1,5 +1,6 @@
 """What the tests of Mamba, Mamba2, Mamba3 and attention share: inputs, official calling sequences, laws that each holds."""
 
+from copy import deepcopy
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -57,6 +58,34 @@ def prompt_and_steps(mixer, hidden, cache, prompt=7):
             cache.seqlen_offset = token
             outputs.append(mixer(hidden[:, token : token + 1], inference_params=cache))
     return torch.cat(outputs, dim=1)
+
+
+def check_inference_params_elsewhere(mixer, hidden):
+    """A state is kept in place, but not that of another dtype or device, nor one that may not be written any more."""
+    params, expected = inference_params(max_seqlen=hidden.shape[1]), mixer(hidden).detach()
+    prompt_and_steps(mixer, hidden, params)
+    before = params.key_value_memory_dict[mixer.layer_idx]
+    prompt_and_steps(mixer, hidden, params)
+    assert params.key_value_memory_dict[mixer.layer_idx] is before
+    low = deepcopy(mixer).float()
+    torch.testing.assert_close(prompt_and_steps(low, hidden.float(), params), low(hidden.float()))
+    torch.testing.assert_close(prompt_and_steps(mixer, hidden, params), expected)
+    with torch.inference_mode():
+        params.key_value_memory_dict.clear()
+        prompt_and_steps(mixer, hidden, params)
+    torch.testing.assert_close(prompt_and_steps(mixer, hidden, params), expected)
+    params.key_value_memory_dict[mixer.layer_idx] = [part.to("meta") for part in before]
+    torch.testing.assert_close(prompt_and_steps(mixer, hidden, params), expected)
+    # The prompt read under inference mode, the other tokens not.
+    with torch.inference_mode():
+        params.key_value_memory_dict.clear()
+        params.seqlen_offset = 0
+        mixer(hidden[:, :-1], inference_params=params)
+    params.seqlen_offset = hidden.shape[1] - 1
+    with torch.no_grad():
+        torch.testing.assert_close(mixer(hidden[:, -1:], inference_params=params), expected[:, -1:])
+        with pytest.raises(ValueError, match="holds the states of 2 sequences.*got a batch of 1"):
+            mixer(hidden[:1, -1:], inference_params=params)
 
 
 def check_official_block(case, mixer, carried=False):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 
@@ -24,6 +25,11 @@ def carried_state(mixer: Any, state: Any, inference_params: Any, batch: int, **w
     if any(given is not None for given in walk.values()):
         *names, last = walk
         raise ValueError(f"one token after another takes no {', '.join(names)} or {last}; pass state instead")
+    if len(state[0]) != batch:
+        raise ValueError(
+            f"inference_params holds the states of {len(state[0])} sequences at seqlen_offset "
+            f"{inference_params.seqlen_offset}, got a batch of {batch}; begin again with seqlen_offset 0"
+        )
     return state, True
 
 
@@ -35,13 +41,25 @@ def cached_state(mixer: Any, inference_params: Any, batch: int) -> Any:
     held = cache.get(mixer.layer_idx)
     if held is None or inference_params.seqlen_offset == 0:
         fresh = mixer.allocate_inference_cache(batch, getattr(inference_params, "max_seqlen", None))
-        if held is not None and [part.shape for part in held] == [part.shape for part in fresh]:
+        if held is not None and all(map(_holds, held, fresh)):
             for part, start in zip(held, fresh, strict=True):
                 part.copy_(start)
         else:
-            # None yet, or that of a batch of another size that was read before.
+            # None yet, or that of another batch, of the layer before it was moved, or of inference mode.
             cache[mixer.layer_idx] = fresh
+    elif any(map(_is_frozen, held)):
+        cache[mixer.layer_idx] = tuple(part.clone() for part in held)
     return cache[mixer.layer_idx]
+
+
+def _holds(part: Tensor, start: Tensor) -> bool:
+    """Whether `part` of a state can be set to `start`, which leaves it where captured graphs read it."""
+    return (part.shape, part.dtype, part.device) == (start.shape, start.dtype, start.device) and not _is_frozen(part)
+
+
+def _is_frozen(part: Tensor) -> bool:
+    """Whether `part` is of inference mode, which alone may write it, and that is over. Compiled code cannot ask."""
+    return not torch.compiler.is_compiling() and part.is_inference() and not torch.is_inference_mode_enabled()
 
 
 def check_one_token(name: str, tokens: Tensor, width: int) -> None:

@@ -175,6 +175,7 @@ def test_inference_params():
     params, expected = mixers.inference_params(max_seqlen=SEQLEN), mha(x)
     for _ in range(2):  # offset 0 starts afresh
         same(mixers.prompt_and_steps(mha, x, params), expected)
+    mixers.check_inference_params_elsewhere(mha, x)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])

@@ -106,6 +106,17 @@ def test_inference_params_like_the_official_ones():
     assert set(cache.key_value_memory_dict) == {3}
 
 
+def test_inference_params_of_a_layer_that_was_moved():
+    mixers.check_inference_params_elsewhere(layer(layer_idx=3), tokens())
+
+
+def test_inference_params_in_a_compiled_layer():
+    mixer, hidden = layer(layer_idx=3), tokens()
+    compiled, cache = torch.compile(mixer, fullgraph=True, backend="aot_eager"), mixers.inference_params()
+    for _ in range(2):
+        torch.testing.assert_close(mixers.prompt_and_steps(compiled, hidden, cache, prompt=10), mixer(hidden))
+
+
 def test_inference_params_are_read_again_for_other_batches():
     mixer, hidden = layer(layer_idx=3), tokens()
     cache = mixers.inference_params()

@@ -109,6 +109,10 @@ def test_inference_params_like_the_official_ones():
     assert set(cache.key_value_memory_dict) == {3}
 
 
+def test_inference_params_of_a_layer_that_was_moved():
+    mixers.check_inference_params_elsewhere(layer(layer_idx=3), tokens())
+
+
 def test_flattened_input_like_the_official_one():
     mixer, hidden = layer(layer_idx=0), tokens()
     expected = mixer(hidden)

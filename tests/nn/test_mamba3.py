@@ -176,6 +176,10 @@ def test_inference_params_like_the_official_ones():
     assert set(cache.key_value_memory_dict) == {3}
 
 
+def test_inference_params_of_a_layer_that_was_moved():
+    mixers.check_inference_params_elsewhere(layer(layer_idx=3), tokens())
+
+
 @pytest.mark.parametrize(("variant", "backend"), thorough(["plain", "norm"], []))
 def test_packed_equals_separate_sequences(variant, backend):
     mixer, hidden = layer(backend, **VARIANTS[variant]), tokens(backend, batch=1)
