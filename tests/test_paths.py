@@ -2,15 +2,21 @@
 
 import copy
 import pickle
+import time
+from threading import Thread
+from weakref import WeakValueDictionary
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from laws import law, same
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ssmkit import ScanPath, paths
 from ssmkit.ops import causal_conv1d, selective_scan
+from ssmkit.paths import kept, scan_path
 from ssmkit.paths.scan_path import Strides
 from ssmkit.testing import available, device_of, selective_scan_inputs
 
@@ -121,6 +127,85 @@ def test_the_constructors_keep_what_they_made():
     assert paths.windows(6, 6, [2, 3]) is paths.windows(6, 6, (2, 3))
     assert paths.cross(3, 4) is paths.cross(3, 4)
     assert paths.column(14, 14).with_tokens(0) is paths.column(14, 14).with_tokens(0)
+
+
+def test_paths_made_at_once_in_two_threads_share_the_table(monkeypatch):
+    class Slow(WeakValueDictionary):
+        def setdefault(self, key, default=None):
+            found = self.get(key)
+            time.sleep(0.05)
+            if found is None:
+                self[key] = found = default
+            return found
+
+    monkeypatch.setattr(scan_path, "_TABLES", Slow())
+    made = []
+    threads = [Thread(target=lambda: made.append(ScanPath([1, 3, 0, 2]))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    one = made.pop()
+    made.clear()  # the other path goes, the table that both name stays
+    assert one.order(CPU).tolist() == [1, 3, 0, 2]
+
+
+def test_paths_take_numbers_of_any_kind():
+    assert paths.windows(4, 4, np.array([2, 2])) is paths.windows(4, 4, (2, 2))
+    assert paths.windows(4, 4, torch.Size([2, 2])) is paths.windows(4, 4, torch.tensor([2, 2]))
+    assert ScanPath(np.arange(4)[::-1]) == ScanPath(torch.arange(4).flip(0)) == ScanPath(range(3, -1, -1))
+    assert ScanPath.identity(np.int64(3)).length == 3 and type(ScanPath.reverse(np.int64(3)).length) is int
+    for restarts in ([1, 3], (1, 3), range(1, 4, 2), np.array([3, 1])[::-1], np.uint8([1, 3]), torch.tensor([1, 3])):
+        assert paths.column(3, 4).with_restarts(restarts).restart_positions().tolist() == [1, 3]
+        assert ScanPath.identity(4, restarts=restarts) == ScanPath(range(4), restarts=restarts)
+
+
+def test_equal_paths_keep_their_own_shape_and_name():
+    for path in (paths.row(4, 4), ScanPath.identity(16), paths.row(2, 8)):
+        assert path.with_restarts([2]).shape == path.shape and path.with_restarts([2]).name == path.name
+        assert path.with_tokens(0).name == f"{path.name} with tokens".strip()
+
+
+def test_paths_made_under_a_default_device_without_data():
+    def made():
+        return (
+            paths.row(5, 11, restarts=True),
+            ScanPath([2, 0, 1], restarts=[1]),
+            ScanPath.identity(11, restarts=(3,)),
+            paths.concatenate(paths.column(3, 11), ScanPath.reverse(11)).with_restarts([3]).with_tokens(2),
+            paths.hilbert8(2)[3],
+        )
+
+    with torch.device("meta"):
+        under = made()
+        tables = [(path.order(CPU), path.restarts(CPU)) for path in under]
+    assert under == made()
+    for path, (order, restarts) in zip(under, tables, strict=True):
+        assert walk_of(path).equal(path.tokens()) and order is path.order(CPU)
+        assert (restarts is None) == (not path.restart_positions().numel())
+
+
+def test_paths_among_fake_tensors():
+    with FakeTensorMode() as mode:
+        path = paths.snake(5, 13, restarts=True).with_tokens(3)
+        others = ScanPath([2, 0, 1]), paths.hilbert8(4)[5], paths.concatenate(paths.row(2, 13), paths.column(2, 13))
+        fake = path.order(CPU), path.restarts(CPU)
+        assert all(isinstance(table, FakeTensor) and table.fake_mode is mode for table in fake)
+        x, bc = torch.randn(2, 66, 4), torch.randn(2, 66, 3)
+        assert causal_conv1d(x, torch.randn(4, 3), path=path).shape == x.shape
+        y = selective_scan(x, x, torch.randn(4, 3), bc, bc, path=path)
+        assert isinstance(y, FakeTensor) and y.shape == x.shape
+        with pytest.raises(ValueError, match="order must hold numbers, got a FakeTensor without data on cpu"):
+            ScanPath(torch.arange(3))
+        with pytest.raises(ValueError, match="must hold numbers, got a FakeTensor without data on cpu"):
+            path.with_restarts(torch.arange(3))
+    for each in (path, *others):
+        assert not isinstance(each.order(CPU), FakeTensor)
+        assert walk_of(each).equal(each.tokens())
+    real = torch.tensor([1, 2, 0])
+    with mode:
+        assert ScanPath(real).length == 3
+        assert ScanPath(real).with_restarts(real) == ScanPath.of(real, restarts=[0, 1, 2])
 
 
 def test_equality_is_by_content():
@@ -271,6 +356,32 @@ def test_compile_and_export_with_paths_made_inside():
         torch.testing.assert_close(program.module()(*args), expected)
 
 
+def test_compile_and_export_with_lines_and_restarts_made_inside():
+    class Layer(torch.nn.Module):
+        def forward(self, x, weight):
+            length, y = x.shape[1], x
+            for path in (
+                paths.column(3, 4).with_restarts([2, 7]),
+                paths.column(3, length // 3).with_restarts((length // 2,)).flip(),
+                paths.row(3, 4).with_restarts(range(1, 9, 3)),
+                ScanPath.identity(length, restarts=[length // 3]),
+                ScanPath.reverse(length),
+            ):
+                y = y + causal_conv1d(x, weight, path=path)
+            return y
+
+    args = torch.randn(1, 12, 4), torch.randn(4, 3)
+    expected = Layer()(*args)
+    for dynamic in (False, True):
+        compiled = torch.compile(Layer(), fullgraph=True, dynamic=dynamic, backend="eager")
+        torch.testing.assert_close(compiled(*args), expected)
+    for strict in (True, False):
+        before = len(kept._NAMES)
+        program = torch.export.export(Layer(), args, strict=strict)
+        torch.testing.assert_close(program.module()(*args), expected)
+    assert len(kept._NAMES) == before  # what holds its tables itself leaves none behind
+
+
 def test_compile_with_sizes_that_change():
     def scanned(x_BYXD):
         rows, columns = x_BYXD.shape[1:3]
@@ -291,8 +402,28 @@ REFUSED = {
     "fractions": (lambda: ScanPath(torch.rand(3)), "order must be one-dimensional and of integers, got shape"),
     "restart outside": (lambda: ScanPath([0, 1], restarts=[2]), r"restarts must lie in 0\.\.1, got \[2\]"),
     "restart of fractions": (lambda: ScanPath([0, 1], restarts=[0.5]), "restarts must be positions of the walk"),
-    "negative length": (lambda: ScanPath.identity(-1), "length must not be negative, got -1"),
+    "negative length": (lambda: ScanPath.identity(-1), "length must be an integer of at least 0, got -1"),
     "too long": (lambda: paths.column(2**16, 2**15), r"fewer than 2\*\*31 tokens, got 2147483648"),
+    "length of fractions": (lambda: ScanPath.identity(3.0), "length must be an integer of at least 0, got 3.0"),
+    "length of a switch": (lambda: ScanPath.reverse(True), "length must be an integer of at least 0, got True"),
+    "walk of fractions": (
+        lambda: ScanPath.of(Strides((3.0,), (1,))),
+        "sizes of walk must be an integer of at least 0, got 3.0",
+    ),
+    "steps of fractions": (lambda: ScanPath.of(Strides((3,), (1.0,))), "strides of walk must be an integer, got 1.0"),
+    "a step too few": (lambda: ScanPath.of(Strides((3, 2), (1,))), "walk must have one stride for each size"),
+    "walk of an array of fractions": (lambda: ScanPath.of(np.ones(2)), "walk must be one-dimensional and of integers"),
+    "ragged": (lambda: ScanPath([[0], [1, 2]]), "order must hold integers, got list"),
+    "no data": (lambda: ScanPath([0, 1], restarts=torch.ones(1, device="meta")), "restarts must hold numbers, got a"),
+    "window of fractions": (
+        lambda: paths.windows(4, 4, (2.0, 2.0)),
+        "window must be an integer of at least 1, got 2.0",
+    ),
+    "restarts of fractions": (
+        lambda: ScanPath.identity(4, restarts=torch.ones(2, dtype=torch.bfloat16)),
+        "restarts must be positions of the walk, integers, got float64",
+    ),
+    "token of fractions": (lambda: paths.row(2, 2).with_tokens(1.0), "at must be an integer, got 1.0"),
     "shape": (lambda: ScanPath([0, 1], shape=(3, 1)), r"shape must hold the 2 tokens of the path, got \(3, 1\)"),
     "token outside": (lambda: paths.row(2, 2).with_tokens(5), r"at must lie in 0\.\.4, the length of the path, got 5"),
     "position outside": (lambda: paths.row(2, 2).with_tokens(0, position=-1), "position must lie in 0..4"),

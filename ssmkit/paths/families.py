@@ -4,29 +4,15 @@ Tokens lie row by row, token i * width + j at row i and column j; those of a cli
 affine the path holds no table. All sizes may be anything, 0 and 1 too.
 """
 
-from operator import index
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from ssmkit.paths.kept import kept
-from ssmkit.paths.scan_path import Indices, ScanPath, Strides
-
-
-def sizes(least: int = 0, **named: Any) -> list[int]:
-    """The values as ints of at least `least`."""
-    checked = []
-    for name, value in named.items():
-        try:
-            size = least - 1 if isinstance(value, bool) else index(value)
-        except TypeError:
-            size = least - 1
-        if size < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
-        checked.append(size)
-    return checked
+from ssmkit.paths.given import Indices, sizes
+from ssmkit.paths.kept import hashable, kept
+from ssmkit.paths.scan_path import ScanPath, Strides
 
 
 def one_of(name: str, value: object, known: tuple[str, ...]) -> None:
@@ -198,7 +184,7 @@ def padded(height: int, width: int, window: int | tuple[int, int]) -> Padded:
         height, width, and real    (height * width,)    bool, on the CPU
     """
     height, width = sizes(height=height, width=width)
-    rows, columns = _window(tuple(window) if isinstance(window, list) else window)
+    rows, columns = _window(hashable(window))
     tall, wide = -(-height // rows) * rows, -(-width // columns) * columns
     i, j = _places(tall, wide)
     return Padded(tall, wide, torch.from_numpy((i < height) & (j < width)))

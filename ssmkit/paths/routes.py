@@ -4,9 +4,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ssmkit.paths.families import CORNERS, column, row, sizes, snake
+from ssmkit.paths.families import CORNERS, column, row, snake
+from ssmkit.paths.given import Indices, sizes
 from ssmkit.paths.kept import kept
-from ssmkit.paths.scan_path import Indices, ScanPath
+from ssmkit.paths.scan_path import ScanPath, ranks_of
 
 
 @kept
@@ -95,7 +96,7 @@ def hilbert8(size: int, *, ranks: bool = False) -> tuple[ScanPath, ...]:
     the curve gathers by its inverse. Its weights therefore need `ranks=True`.
     """
     (size,) = sizes(size=size)
-    along_columns = hilbert(size, size).inverse().numpy().reshape(size, size).T  # starts downwards, as ZigMa's
+    along_columns = ranks_of(hilbert(size, size)._visits()).reshape(size, size).T  # starts downwards, as ZigMa's
     tables = []
     for turns in range(4):
         turned = np.rot90(along_columns, turns)
@@ -119,8 +120,8 @@ def concatenate(*paths: ScanPath, restarts: bool = False) -> ScanPath:
     if not paths:
         raise ValueError("paths must hold at least one path, got none")
     ends = np.cumsum([0, *(len(path) for path in paths)])
-    tokens = [path.tokens().numpy() + offset for path, offset in zip(paths, ends, strict=False)]
-    starts = [path.restart_positions().numpy() + offset for path, offset in zip(paths, ends, strict=False)]
+    tokens = [path._visits() + offset for path, offset in zip(paths, ends, strict=False)]
+    starts = [path._starts + offset for path, offset in zip(paths, ends, strict=False)]
     joints = ends[(ends > 0) & (ends < ends[-1])] if restarts else ends[:0]
     return ScanPath.of(np.concatenate(tokens), restarts=np.concatenate([*starts, joints]), name="concatenated")
 
@@ -140,7 +141,7 @@ def moves(path: ScanPath) -> Tensor:
     """
     if path.shape is None or len(path.shape) != 2:
         raise ValueError(f"path must have a shape (height, width), got {path.shape}")
-    i, j = np.divmod(path.tokens().numpy(), max(path.shape[1], 1))
+    i, j = np.divmod(path._visits(), max(path.shape[1], 1))
     di, dj = np.diff(i), np.diff(j)
     far = np.flatnonzero(abs(di) + abs(dj) != 1)
     if len(far):

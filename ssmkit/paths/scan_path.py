@@ -1,6 +1,7 @@
 """`ScanPath`: the order of a scan as data, and the tables that kernels read it from."""
 
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
 from functools import partial
 from math import prod
@@ -11,11 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch._guards import active_fake_mode
 from torch.utils._python_dispatch import _disable_current_modes
 
+from ssmkit.paths.given import Indices, are_integers, array_of, integer, sizes
 from ssmkit.paths.kept import constant, kept
-
-Indices = NDArray[np.integer[Any]]
 
 
 class Strides(NamedTuple):
@@ -57,14 +58,7 @@ class ScanPath:
         restarts: Tensor | Sequence[int] = (),
         shape: Sequence[int] | None = None,
     ) -> None:
-        table = torch.as_tensor(order)
-        if table.shape == (0,):
-            table = table.long()  # an empty list has no dtype of its own
-        if table.ndim != 1 or _not_integers(table):
-            raise ValueError(
-                f"order must be one-dimensional and of integers, got shape {tuple(table.shape)} of {table.dtype}"
-            )
-        tokens = table.to(device="cpu", dtype=torch.int64).numpy()
+        tokens = _indices("order", order)
         if not np.array_equal(np.sort(tokens), np.arange(len(tokens))):
             raise ValueError(f"order must be a permutation of 0..{len(tokens) - 1}: {_fault(tokens)}")
         self._build(tokens, restarts=restarts, shape=shape)
@@ -72,12 +66,12 @@ class ScanPath:
     @classmethod
     def identity(cls, length: int, *, restarts: Tensor | Sequence[int] = ()) -> "ScanPath":
         """The tokens as they lie."""
-        return cls.of(Strides((length,), (1,)), restarts=restarts)
+        return _line(length, False, restarts)
 
     @classmethod
     def reverse(cls, length: int, *, restarts: Tensor | Sequence[int] = ()) -> "ScanPath":
         """From the last token to the first."""
-        return cls.of(Strides((length,), (1,)), backwards=True, restarts=restarts)
+        return _line(length, True, restarts)
 
     @classmethod
     def of(
@@ -103,13 +97,13 @@ class ScanPath:
         shape: Sequence[int] | None = None,
         name: str = "",
     ) -> None:
-        if isinstance(walk, Strides) and min(walk.sizes, default=0) < 0:
-            raise ValueError(f"length must not be negative, got {min(walk.sizes)}")
+        walk = _checked(walk) if isinstance(walk, Strides) else _indices("walk", walk)
+        shape = None if shape is None else tuple(sizes(shape=size)[0] for size in shape)
         length = prod(walk.sizes) if isinstance(walk, Strides) else len(walk)
         if length >= 2**31:
             raise ValueError(f"a path must have fewer than 2**31 tokens, got {length}")
         if shape is not None and prod(shape) != length:
-            raise ValueError(f"shape must hold the {length} tokens of the path, got {tuple(shape)}")
+            raise ValueError(f"shape must hold the {length} tokens of the path, got {shape}")
         places = _places(restarts, length)
         if isinstance(walk, Strides):
             walk = _merged(walk)
@@ -128,7 +122,7 @@ class ScanPath:
         other = ScanPath.__new__(ScanPath)
         for path, reverse, starts in ((self, backwards, places), (other, not backwards, np.sort(there))):
             path.length, path.reversed, path.name = length, reverse, name
-            path.shape = None if shape is None else tuple(int(size) for size in shape)
+            path.shape = shape
             path.strides = walk if isinstance(walk, Strides) else None
             path._walk, path._starts = walk, starts
             path._order = None if line else table
@@ -157,7 +151,7 @@ class ScanPath:
 
     def with_restarts(self, restarts: Tensor | Sequence[int]) -> "ScanPath":
         """The same walk with other restarts, given as positions of the walk."""
-        return ScanPath.of(self._walk, backwards=self.reversed, restarts=restarts, shape=self.shape, name=self.name)
+        return _with_restarts(self, self.shape, self.name, restarts)
 
     def with_tokens(self, at: int, count: int = 1, *, position: int | None = None) -> "ScanPath":
         """The walk with `count` more tokens in it, such as class tokens.
@@ -170,7 +164,7 @@ class ScanPath:
         Returns:
             A path over length + count tokens, without a shape.
         """
-        return _with_tokens(self, at, count, position)
+        return _with_tokens(self, self.name, at, count, position)
 
     def tokens(self) -> Tensor:
         """The tokens in the order of the walk, (length,) int64 on the CPU."""
@@ -178,7 +172,7 @@ class ScanPath:
 
     def inverse(self) -> Tensor:
         """The position at which each token is visited, (length,) int64 on the CPU."""
-        return torch.from_numpy(_ranks(self._visits()))
+        return torch.from_numpy(ranks_of(self._visits()))
 
     def restart_positions(self) -> Tensor:
         """The positions of the walk at which the state starts anew, ascending, (any,) int64 on the CPU."""
@@ -237,8 +231,21 @@ class ScanPath:
 
 
 @kept
-def _with_tokens(path: ScanPath, at: int, count: int, position: int | None) -> ScanPath:
-    position = at if position is None else position
+def _line(length: int, backwards: bool, restarts: Any) -> ScanPath:
+    (length,) = sizes(length=length)
+    return ScanPath.of(Strides((length,), (1,)), backwards=backwards, restarts=restarts)
+
+
+# Equal paths may differ in shape and name, so what hands these on has them among its arguments.
+@kept
+def _with_restarts(path: ScanPath, shape: tuple[int, ...] | None, name: str, restarts: Any) -> ScanPath:
+    return ScanPath.of(path._walk, backwards=path.reversed, restarts=restarts, shape=shape, name=name)
+
+
+@kept
+def _with_tokens(path: ScanPath, of: str, at: int, count: int, position: int | None) -> ScanPath:
+    at, count = integer("at", at), integer("count", count)
+    position = at if position is None else integer("position", position)
     for name, value in (("at", at), ("position", position)):
         if not 0 <= value <= path.length:
             raise ValueError(f"{name} must lie in 0..{path.length}, the length of the path, got {value}")
@@ -247,7 +254,7 @@ def _with_tokens(path: ScanPath, at: int, count: int, position: int | None) -> S
     tokens = path._visits()
     tokens = np.insert(np.where(tokens < at, tokens, tokens + count), position, np.arange(at, at + count))
     starts = np.where((path._starts >= position) & (path._starts > 0), path._starts + count, path._starts)
-    return ScanPath.of(tokens, restarts=starts, name=f"{path.name} with tokens".strip())
+    return ScanPath.of(tokens, restarts=starts, name=f"{of} with tokens".strip())
 
 
 def _rebuilt(
@@ -267,21 +274,38 @@ class _Table:
         if device not in self._on:
             # The table outlives the mode that its first reader is in: inference, or the fake tensors of an export.
             with torch.inference_mode(False), _disable_current_modes():
-                self._on[device] = torch.from_numpy(self._make()).to(device)
+                self._on.setdefault(device, torch.from_numpy(self._make()).to(device))
         return self._on[device]
 
 
 # A name tells the content, so equal tables are one object and a compiled graph asks for its table by name.
 _TABLES: WeakValueDictionary[str, _Table] = WeakValueDictionary()
+_NAMING = threading.RLock()  # two paths made at once must hold the one table that has the name
 
 
 def _table(name: str, make: Callable[[], NDArray[Any]]) -> _Table:
-    return _TABLES.setdefault(name, _Table(name, make))
+    with _NAMING:
+        return _TABLES.setdefault(name, _Table(name, make))
+
+
+def _on(name: str, device: torch.device) -> Tensor:
+    table = _named(name, device)
+    if torch.compiler.is_compiling() or not torch._C._len_torch_dispatch_stack():
+        return table
+    return _as_read(table)
 
 
 @constant
-def _on(name: str, device: torch.device) -> Tensor:
+def _named(name: str, device: torch.device) -> Tensor:
     return _TABLES[name].on(device)
+
+
+def _as_read(table: Tensor) -> Tensor:
+    """The table as the active mode of fake tensors wants it, where there is one and it takes no other tensors."""
+    mode = active_fake_mode()
+    if mode is None or mode.allow_non_fake_inputs:
+        return table
+    return mode.from_tensor(table, static_shapes=True)
 
 
 def _digest(array: NDArray[Any]) -> str:
@@ -320,26 +344,37 @@ def _merged(walk: Strides) -> Strides:
     return Strides(sizes, strides, walk.start)
 
 
-def _ranks(tokens: Indices) -> Indices:
+def ranks_of(tokens: Indices) -> Indices:
+    """The position at which each token is visited."""
     ranks = np.empty_like(tokens)
     ranks[tokens] = np.arange(len(tokens))
     return ranks
 
 
+def _checked(walk: Strides) -> Strides:
+    if len(walk.sizes) != len(walk.strides):
+        raise ValueError(f"walk must have one stride for each size, got {walk}")
+    lengths = tuple(integer("sizes of walk", size, 0) for size in walk.sizes)
+    return Strides(lengths, tuple(integer("strides of walk", s) for s in walk.strides), integer("start", walk.start))
+
+
+def _indices(name: str, values: Any) -> Indices:
+    array = array_of(name, values)
+    if array.ndim != 1 or not are_integers(array):
+        raise ValueError(f"{name} must be one-dimensional and of integers, got shape {array.shape} of {array.dtype}")
+    return array.astype(np.int64, copy=False)
+
+
 def _places(restarts: Tensor | Indices | Sequence[int], length: int) -> Indices:
-    places = torch.as_tensor(restarts).cpu().flatten()
-    if not places.numel():
+    places = array_of("restarts", restarts).reshape(-1)
+    if not places.size:
         return np.zeros(0, np.int64)
-    if _not_integers(places):
+    if not are_integers(places):
         raise ValueError(f"restarts must be positions of the walk, integers, got {places.dtype}")
-    ascending = np.unique(places.numpy().astype(np.int64))
+    ascending = np.unique(places.astype(np.int64))
     if ascending[0] < 0 or ascending[-1] >= length:
         raise ValueError(f"restarts must lie in 0..{length - 1}, got {places.tolist()[:8]}")
     return ascending
-
-
-def _not_integers(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool
 
 
 def _fault(tokens: Indices) -> str:
