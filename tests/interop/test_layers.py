@@ -58,9 +58,10 @@ def test_layers_call_their_input_u(name):
             assert torch.equal(flat.view_as(whole), whole) and torch.equal(layer(x[0], 9), flat)
 
 
-def test_tokens_after_the_last_offset():
+@pytest.mark.parametrize("kind", [Mamba2, Mamba3])
+def test_tokens_after_the_last_offset(kind):
     """A row that goes on after the sequences that cu_seqlens tells of, as generation from packed prompts has it."""
-    layer = Mamba2(**SIZES, layer_idx=0)
+    layer = kind(**SIZES, layer_idx=0)
     x, offsets = torch.randn(1, 11, 16), torch.tensor([0, 4, 7, 7])
     seq_idx = torch.tensor([[0] * 4 + [1] * 3 + [5] * 2 + [-1] * 2])
     params, alone = InferenceParams(11, 3), InferenceParams(11, 3)
@@ -75,6 +76,29 @@ def test_tokens_after_the_last_offset():
     for numbers in (seq_idx.clamp(max=1), None):
         with pytest.raises(ValueError, match="cu_seqlens must run from 0 to seqlen 11"):
             layer(x, seq_idx=numbers, cu_seqlens=offsets)
+
+
+@pytest.mark.parametrize("kind", [Mamba2, Mamba3])
+def test_tokens_after_the_last_offset_with_flags_and_a_state(kind):
+    layer = kind(**SIZES, layer_idx=0)
+    x, offsets, seq_idx = torch.randn(1, 9, 16), torch.tensor([0, 6]), torch.tensor([[0] * 6 + [1] * 3])
+    flags = {"resets": torch.arange(9)[None] == 7, "mask": torch.arange(9)[None] != 3}
+    state, alone = layer.allocate_inference_cache(1), layer.allocate_inference_cache(1)
+    with torch.no_grad():
+        out = layer(x, seq_idx=seq_idx, cu_seqlens=offsets, state=state, **flags)
+        expected = [layer(x[:, :6], state=alone, mask=flags["mask"][:, :6]), layer(x[:, 6:7]), layer(x[:, 7:])]
+    torch.testing.assert_close(out, torch.cat(expected, dim=1))
+    torch.testing.assert_close(tuple(state), tuple(alone))
+
+
+@pytest.mark.parametrize("kind", [Mamba2, Mamba3])
+def test_compiled_with_numbers_and_offsets(kind):
+    """Whose values are not read: that tokens follow the last offset shows in the numbers only."""
+    layer, x = kind(**SIZES), torch.randn(1, 9, 16)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    for last, end in ((1, 9), (2, 7), (-1, 7)):
+        walk = {"seq_idx": torch.tensor([[0] * 4 + [1] * 3 + [last] * 2]), "cu_seqlens": torch.tensor([0, 4, end])}
+        torch.testing.assert_close(compiled(x, **walk), layer(x, **walk))
 
 
 def test_steps_of_mamba3_have_the_official_order():

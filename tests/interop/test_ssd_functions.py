@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ssmkit.interop import layout
 from ssmkit.interop.causal_conv1d.causal_conv1d_interface import causal_conv1d_fn
 from ssmkit.interop.mamba_ssm.modules.ssd_minimal import segsum, ssd_minimal_discrete
 from ssmkit.interop.mamba_ssm.ops.triton.ssd_chunk_scan import chunk_scan, chunk_scan_ref
@@ -45,6 +46,32 @@ def ssd_arguments(batch=1, seqlen=11, dtype=torch.float64):
         "B": normal(batch, seqlen, 2, 3, seed=3, dtype=dtype),
         "C": normal(batch, seqlen, 2, 3, seed=4, dtype=dtype),
     }
+
+
+def test_compiled_states_of_packed_sequences():
+    """Nothing is read of the offsets, whether they end with the row or before it."""
+
+    def states_of(args, **walk):
+        return mamba_chunk_scan_combined(**args, **walk, chunk_size=4, return_varlen_states=True)
+
+    args, compiled = ssd_arguments(), torch.compile(states_of, fullgraph=True, backend="aot_eager")
+    for last, end in ((1, 11), (-1, 8)):
+        walk = {"seq_idx": torch.tensor([[0] * 4 + [1] * 4 + [last] * 3]), "cu_seqlens": torch.tensor([0, 4, end])}
+        for actual, expected in zip(compiled(args, **walk), states_of(args, **walk), strict=True):
+            assert_close("compiled", actual, expected)
+
+
+def test_offsets_on_a_gpu_are_read_once(monkeypatch):
+    class Elsewhere(torch.Tensor):
+        device = torch.device("cuda")
+
+    read, last_read = [], layout._early_end
+    monkeypatch.setattr(layout, "_early_end", lambda *args: read.append(args) or last_read(*args))
+    numbers, offsets = (torch.tensor(t).as_subclass(Elsewhere) for t in ([[0, 0, 1, -1]], [0, 2, 3]))
+    assert [layout.early_end(offsets, numbers, 4) for _ in range(3)] == [3] * 3 and len(read) == 1
+    offsets[-1] = 4
+    assert [layout.early_end(offsets, numbers, 4) for _ in range(2)] == [None] * 2 and len(read) == 2
+    assert layout.early_end(offsets, numbers.clone(), 4) is None and len(read) == 3
 
 
 def test_states_of_packed_sequences():

@@ -2,11 +2,10 @@
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ssmkit import nn
-from ssmkit.interop.layout import early_end
+from ssmkit.interop.layout import mix_packed
 
 __all__ = ["Mamba2"]
 
@@ -28,10 +27,6 @@ class Mamba2(nn.Mamba2):
         The other arguments, options too, are those of `ssmkit.nn.Mamba2.forward`. With seq_idx besides, cu_seqlens may end
         before the row does: padding and other sequences follow then, which leave no state behind.
         """
-        if cu_seqlens is not None and seqlen is None and u.ndim == 3:
-            end = early_end(cu_seqlens, seq_idx, u.shape[1])
-            if end is not None:
-                assert seq_idx is not None
-                out = super().forward(u[:, :end], None, None, cu_seqlens, inference_params, **options)
-                return torch.cat([out, super().forward(u[:, end:], None, seq_idx[:, end:], **options)], dim=1)
+        if seqlen is None and u.ndim == 3:
+            return mix_packed(super().forward, u, seq_idx, cu_seqlens, inference_params, options)
         return super().forward(u, seqlen, seq_idx, cu_seqlens, inference_params, **options)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ssmkit import nn
+from ssmkit.interop.layout import mix_packed
 from ssmkit.nn.mamba3 import Mamba3State
 from ssmkit.nn.mamba3 import decay_rate as heavy_tail_activation
 
@@ -23,8 +24,12 @@ class Mamba3(nn.Mamba3):
         inference_params: Any = None,
         **options: Any,
     ) -> Tensor:
-        """Mix the tokens u (batch, seqlen, d_model); the other arguments are those of `ssmkit.nn.Mamba3.forward`."""
-        return super().forward(u, seq_idx, cu_seqlens, inference_params, **options)
+        """Mix the tokens u (batch, seqlen, d_model); the other arguments are those of `ssmkit.nn.Mamba3.forward`.
+
+        With seq_idx besides, cu_seqlens may end before the row does: padding and other sequences follow then, which leave
+        no state behind.
+        """
+        return mix_packed(super().forward, u, seq_idx, cu_seqlens, inference_params, options)
 
     def step(  # type: ignore[override]
         self, u: Tensor, angle_state: Tensor, ssm_state: Tensor, k_state: Tensor, v_state: Tensor, **_: Any

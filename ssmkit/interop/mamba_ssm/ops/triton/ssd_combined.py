@@ -67,7 +67,8 @@ def mamba_chunk_scan_combined(
         if cu_seqlens is None:
             raise ValueError("cu_seqlens must be given with return_varlen_states=True")
         nseq = cu_seqlens.shape[0] - 1
-        if early_end(cu_seqlens, seq_idx, x.shape[1]) is not None:
+        unread = torch.compiler.is_compiling() and seq_idx is not None
+        if unread or early_end(cu_seqlens, seq_idx, x.shape[1]) is not None:
             cu_seqlens = F.pad(cu_seqlens, (0, 1), value=x.shape[1])
         if initial is not None and nseq:
             # only the first sequence sees it
