@@ -84,7 +84,7 @@ def check_inference_params_elsewhere(mixer, hidden):
     params.seqlen_offset = hidden.shape[1] - 1
     with torch.no_grad():
         torch.testing.assert_close(mixer(hidden[:, -1:], inference_params=params), expected[:, -1:])
-        with pytest.raises(ValueError, match="holds the states of 2 sequences.*got a batch of 1"):
+        with pytest.raises(ValueError, match=r"holds the states of 2 sequences.*got a batch of 1"):
             mixer(hidden[:1, -1:], inference_params=params)
 
 
