@@ -145,6 +145,38 @@ def selective_scan_inputs(
     return {**{k: v.requires_grad_(requires_grad) for k, v in kept.items()}, "dt_softplus": True}
 
 
+def grid_scan_inputs(
+    batch: int,
+    height: int,
+    width: int,
+    dim: int,
+    dstate: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    optional: tuple[str, ...] = ("D", "z", "dt_bias_top", "dt_bias_left"),
+    requires_grad: bool = True,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Keyword inputs of `grid_scan` with decays like those of a trained layer, drawn on the CPU from `seed`."""
+    sides = [
+        selective_scan_inputs(
+            batch, height * width, dim, dstate, dtype=dtype, requires_grad=False, seed=2 * seed + i,
+            optional=("D", "z", "dt_bias"),
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    image = (batch, height, width)
+    inputs = {"x": sides[0]["x"]}
+    for name in ("dt", "A", "B", "dt_bias"):
+        inputs |= {f"{name}_top": sides[0][name], f"{name}_left": sides[1][name]}
+    inputs |= {name: sides[0][name] for name in ("C", "D", "z")}
+    inputs = {k: v if v.ndim < 3 else v.reshape(*image, v.shape[-1]) for k, v in inputs.items()}
+    always = ("x", "dt_top", "dt_left", "A_top", "A_left", "B_top", "B_left", "C")
+    kept = {k: v.to(device) for k, v in inputs.items() if k in always or k in optional}
+    return {**{k: v.requires_grad_(requires_grad) for k, v in kept.items()}, "dt_softplus": True}
+
+
 def ssd_inputs(
     batch: int,
     seqlen: int,

@@ -2,6 +2,7 @@
 
 from ssmkit.ops.causal_conv1d import causal_conv1d
 from ssmkit.ops.causal_conv1d_step import causal_conv1d_step
+from ssmkit.ops.grid_scan import grid_scan
 from ssmkit.ops.linear_scan import linear_scan
 from ssmkit.ops.linear_step import linear_step
 from ssmkit.ops.rms_norm import rms_norm
@@ -14,6 +15,7 @@ from ssmkit.ops.ssd_step import ssd_step
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
+    "grid_scan",
     "linear_scan",
     "linear_step",
     "rms_norm",
