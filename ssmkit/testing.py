@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ssmkit.backends import Backend, refusal
 from ssmkit.ops._define import acc_dtype
+from ssmkit.ops._tree import Tree, grid_edges
 
 EPS32 = torch.finfo(torch.float32).eps
 # A slack for gradients of parameters. They are sums over all tokens, of terms of both signs: their error is that of the
@@ -376,3 +377,44 @@ def linear_step_inputs(
     shapes = {"x": (batch, in_features), "weight": (out_features, in_features), "bias": (out_features,)}
     kept = {name: shape for name, shape in shapes.items() if name in ("x", "weight", *optional)}
     return {name: torch.randn(s, generator=generator, dtype=acc).to(dtype).to(device) for name, s in kept.items()}
+
+
+def minimum_spanning_tree_inputs(
+    batch: int,
+    rows: int,
+    cols: int,
+    *,
+    edges: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Arguments of `minimum_spanning_tree` for images of rows x cols tokens, or for so many tokens joined by `edges`."""
+    generator = torch.Generator().manual_seed(seed)
+    edges = grid_edges(rows, cols) if edges is None else edges
+    weights = torch.rand(batch, len(edges), generator=generator, dtype=torch.float64)
+    return {"weights": weights.to(device, dtype), "edges": edges.to(device), "seqlen": rows * cols}
+
+
+def tree_scan_inputs(
+    batch: int,
+    rows: int,
+    cols: int,
+    dim: int,
+    *,
+    edges: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    requires_grad: bool = True,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Keyword inputs of `tree_scan`: decays of 0.4 to 1, and random spanning trees of images or of `edges`."""
+    from ssmkit.ops.minimum_spanning_tree import minimum_spanning_tree
+
+    scan = linear_scan_inputs(
+        batch, rows * cols, dim, dtype=dtype, device=device, optional=(), requires_grad=requires_grad, seed=seed
+    )
+    graph = minimum_spanning_tree_inputs(batch, rows, cols, edges=edges, seed=seed)
+    backend = "cpu" if "cpu" in available("minimum_spanning_tree") else "reference"
+    tree = minimum_spanning_tree(**graph, backend=backend)
+    return {**scan, "tree": Tree(*(table.to(device) for table in tree))}

@@ -5,12 +5,14 @@ from ssmkit.ops.causal_conv1d_step import causal_conv1d_step
 from ssmkit.ops.grid_scan import grid_scan
 from ssmkit.ops.linear_scan import linear_scan
 from ssmkit.ops.linear_step import linear_step
+from ssmkit.ops.minimum_spanning_tree import minimum_spanning_tree
 from ssmkit.ops.rms_norm import rms_norm
 from ssmkit.ops.selective_scan import selective_scan
 from ssmkit.ops.selective_state_step import selective_state_step
 from ssmkit.ops.ssd import ssd
 from ssmkit.ops.ssd_noncausal import ssd_noncausal
 from ssmkit.ops.ssd_step import ssd_step
+from ssmkit.ops.tree_scan import tree_scan
 
 __all__ = [
     "causal_conv1d",
@@ -18,10 +20,12 @@ __all__ = [
     "grid_scan",
     "linear_scan",
     "linear_step",
+    "minimum_spanning_tree",
     "rms_norm",
     "selective_scan",
     "selective_state_step",
     "ssd",
     "ssd_noncausal",
     "ssd_step",
+    "tree_scan",
 ]

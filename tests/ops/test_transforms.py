@@ -25,6 +25,7 @@ SIZES = {
     "ssd": (2, 5, 2, 4, 3),
     "ssd_noncausal": (2, 5, 2, 4, 3),
     "ssd_step": (2, 2, 4, 3),
+    "tree_scan": (2, 2, 3, 4),
 }
 DIFFERENTIABLE = [op for op in SIZES if not op.endswith("_step")]
 CASES = [(op, backend) for op in SIZES for backend in available(op)]
@@ -35,19 +36,21 @@ DIFFERENTIABLE_CASES = [(op, backend) for op, backend in CASES if op in DIFFEREN
 def call(op, backend):
     """The op as a function of its input in float64, everything else held, and that input."""
     optional = {"optional": ()} if op == "rms_norm" else {}
-    inputs = getattr(testing, f"{op}_inputs")(*SIZES[op], dtype=torch.float64, **optional)
+    device, varied = testing.device_of(backend), "b" if op in ("linear_scan", "tree_scan") else "x"
+    inputs = getattr(testing, f"{op}_inputs")(*SIZES[op], dtype=torch.float64, device=device, **optional)
     inputs = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-    x = inputs.pop("b" if op == "linear_scan" else "x").to(testing.device_of(backend))
+    x = inputs.pop(varied)
 
     def function(x):
-        given = {k: v.to(x.device, copy=True) if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
-        return getattr(ops, op)(**{"b" if op == "linear_scan" else "x": x}, **given, backend=backend)
+        given = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
+        return getattr(ops, op)(**{varied: x}, **given, backend=backend)
 
     return function, x
 
 
 def test_every_op_is_here():
-    assert list(SIZES) == ops.__all__
+    # a tree has no derivative
+    assert list(SIZES) == [op for op in ops.__all__ if op != "minimum_spanning_tree"]
 
 
 @pytest.mark.parametrize(("op", "backend"), CASES)
