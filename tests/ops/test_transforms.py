@@ -10,9 +10,6 @@ from ssmkit import ops, testing
 from ssmkit.backends import BackendError
 from ssmkit.testing import available
 
-# Forward mode loads decompositions that torch itself scripts at their first use.
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")
-
 SIZES = {
     "causal_conv1d": (2, 5, 4, 3),
     "causal_conv1d_step": (2, 4, 3),
