@@ -43,9 +43,12 @@ from .selective_scan_walk import (
 class Gradients(NamedTuple):
     """What backward writes; None where the input is None. The caller adds up the parts."""
 
-    dx: Any  # (batch, seqlen, dim)
+    dx: Any  # (batch, seqlen, dim), dense, as dz
     ddt: Any
     dz: Any
+    ddt_row: Any  # row stride of ddt
+    dx_before: Any  # what dx and dz are added to, dense in the dtype of the states, or None: what other walks have left
+    dz_before: Any
     dB: Any  # (parts, batch, seqlen, groups, dstate), or for a constant B as dA
     dC: Any
     dA: Any  # (nseq * nsplits, dim, dstate)
@@ -71,17 +74,27 @@ def store_weights(ptr, tile_ND, row, run, sizes, share, at_N, mask_N, dstate: tl
     tl.store(ptr + at_row + at_N, rounded(tl.sum(tile_ND, axis=1), ptr), mask=mask_N)
 
 
+@triton.jit
+def add_before(value_D, before_ptr, row, d, mask_D, dim):
+    """The sum with what other walks have left at this token, if there are any."""
+    if before_ptr is None:
+        return value_D
+    else:
+        return value_D + tl.load(before_ptr + row * dim + d, mask=mask_D, other=0.0)
+
+
 @triton.jit(do_not_specialize=["seqlen", "sizes"])
 def selective_scan_fwd_kernel(
-    tokens, walk, A_ptr, D_ptr, dt_bias_ptr, initial_state_ptr, states_ptr, y_ptr, final_state_ptr, checkpoints_ptr,
-    seqlen, sizes, dstate: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
+    tokens, walk, A_ptr, D_ptr, dt_bias_ptr, initial_state_ptr, states_ptr, y_ptr, before_ptr, final_state_ptr,
+    checkpoints_ptr, seqlen, y_row, sizes, dstate: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
     TOKENS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The output pass over one split for BLOCK_D channels.
 
     A (dim, dstate)   D, dt_bias (dim,) or None   initial_state (or None), final_state (nseq, dim, dstate)
     states (nseq * nsplits, dim, dstate): the state that enters each split; None if there is one, which initial_state enters
-    y (batch, seqlen, dim)   checkpoints (slots, dim, dstate) or None: the state before every 64th position
+    y (batch, seqlen, dim), with a row stride   before (batch, seqlen, dim) or None: added to y, as A
+    checkpoints (slots, dim, dstate) or None: the state before every 64th position
     """
     ACC: tl.constexpr = A_ptr.dtype.element_ty
     run, d, in_d, part = channels_of(sizes, BLOCK_D)
@@ -125,8 +138,8 @@ def selective_scan_fwd_kernel(
                 y_D = tl.sum(C_ND * h_ND, axis=0) + D_D * x_D  # (2b)
                 if tokens.z is not None:
                     y_D *= silu(z_D.to(ACC))
-                y_D = rounded(tl.where(live, y_D, 0.0), y_ptr)
-                tl.store(y_ptr + row * sizes.dim + d, y_D, mask=in_d & (p + i < end))
+                y_D = add_before(tl.where(live, y_D, 0.0), before_ptr, row, d, in_d & live, sizes.dim)
+                tl.store(y_ptr + row * y_row + d, rounded(y_D, y_ptr), mask=in_d & (p + i < end))
 
     is_last = (begin + sizes.span >= length) & ((begin < length) | (split == 0))
     tl.store(final_state_ptr + seq * sizes.dim * dstate + at_ND, h_ND, mask=in_ND & is_last)
@@ -317,8 +330,9 @@ def selective_scan_bwd_kernel(
                 logit_D, dt_D = dt_D.to(ACC) + dt_bias_D, step_size(dt_D, dt_bias_D, live, SOFTPLUS)
                 if tokens.z is not None:
                     y_D = tl.sum(C_ND * h_ND, axis=0) + D_D * x_D
-                    dz_D = rounded(tl.where(live, dy_D * y_D * silu_grad(z_D), 0.0), grads.dz)
-                    tl.store(grads.dz + row * sizes.dim + d, dz_D, mask=in_d)
+                    dz_D = tl.where(live, dy_D * y_D * silu_grad(z_D), 0.0)
+                    dz_D = add_before(dz_D, grads.dz_before, row, d, in_d & live, sizes.dim)
+                    tl.store(grads.dz + row * sizes.dim + d, rounded(dz_D, grads.dz), mask=in_d)
                     dy_D *= silu(z_D)
                 dD_D += dy_D * x_D
 
@@ -334,7 +348,7 @@ def selective_scan_bwd_kernel(
                 else:
                     store_weights(grads.dB, dB_ND, row, run, sizes, sizes.B_share, at_B, in_n, dstate)
                 dBx_D = tl.sum(dh_ND * B_ND, axis=0)
-                dx_D = dt_D * dBx_D + D_D * dy_D
+                dx_D = add_before(dt_D * dBx_D + D_D * dy_D, grads.dx_before, row, d, in_d & live, sizes.dim)
                 tl.store(grads.dx + row * sizes.dim + d, rounded(dx_D, grads.dx), mask=in_d)
 
                 # From here on dh and h stand before the token: the gradient of dt A is their product.
@@ -350,7 +364,7 @@ def selective_scan_bwd_kernel(
                     ddt_D *= softplus_grad(logit_D)
                 ddt_D = tl.where(live, ddt_D, 0.0)
                 ddt_bias_D += ddt_D
-                tl.store(grads.ddt + row * sizes.dim + d, rounded(ddt_D, grads.ddt), mask=in_d)
+                tl.store(grads.ddt + row * grads.ddt_row + d, rounded(ddt_D, grads.ddt), mask=in_d)
             tl.debug_barrier()
 
     at_part_ND = part * sizes.dim * dstate + at_ND
@@ -400,17 +414,26 @@ def forward(
     (batch, seqlen, dim), dstate, nseq = x.shape, A.shape[1], call.nparts // call.sizes.nsplits
     every = CHECKPOINT_EVERY.value
     slots = batch * triton.cdiv(seqlen, every) if cu_seqlens is None else seqlen // every + nseq
-    y, final_state = torch.empty_like(x, memory_format=torch.contiguous_format), A.new_empty(nseq, dim, dstate)
+    y = torch.empty_like(x, memory_format=torch.contiguous_format)
     checkpoints = A.new_empty(slots if save else 0, dstate, dim)
-    if not call.grid[0]:
-        return y, final_state, checkpoints
-    with on_device_of(x):
-        states = entering_states(call, A, dt_bias, initial_state, None)
-        selective_scan_fwd_kernel[call.grid](
-            call.tokens, call.walk, A, D, dt_bias, initial_state, states, y, final_state,
-            checkpoints if save else None, seqlen, call.sizes, **call.options,
-        )  # fmt: skip
+    final_state = launch_forward(call, A, D, dt_bias, initial_state, y, None, checkpoints if save else None)
     return y, final_state, checkpoints
+
+
+def launch_forward(
+    call: Launch, A: Tensor, D: Tensor | None, dt_bias: Tensor | None, initial_state: Tensor | None,
+    y: Tensor, before: Tensor | None, checkpoints: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Write y (flat rows), to which `before` is added, and the checkpoints; return the final state."""
+    final_state = A.new_empty(call.nparts // call.sizes.nsplits, *A.shape)
+    if call.grid[0]:
+        with on_device_of(y):
+            states = entering_states(call, A, dt_bias, initial_state, None)
+            selective_scan_fwd_kernel[call.grid](
+                call.tokens, call.walk, A, D, dt_bias, initial_state, states, y, before, final_state, checkpoints,
+                y.shape[1], row_stride(y), call.sizes, **call.options,
+            )  # fmt: skip
+    return final_state
 
 
 def backward(
@@ -420,10 +443,24 @@ def backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """Gradients of x, dt, A, B, C, D, z, dt_bias and initial_state; None where the input is None."""
     call = launch_of(x, dt, A, B, C, z, order, flags, cu_seqlens, dt_softplus, reverse, plan)
-    seqlen, (dim, dstate), sizes, nparts = x.shape[1], A.shape, call.sizes, call.nparts
+    dx, ddt, dz, dinitial_state = (
+        None if t is None else torch.empty_like(t, memory_format=torch.contiguous_format)
+        for t in (x, dt, z, initial_state)
+    )
+    assert dx is not None and ddt is not None
+    sums = launch_backward(call, dy, dfinal_state, A, D, dt_bias, checkpoints, dx, ddt, dz, None, None, dinitial_state)
+    dA, dB, dC, dD, ddt_bias = sums
+    return dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state
 
-    def like(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+def launch_backward(
+    call: Launch, dy: Tensor, dfinal_state: Tensor | None, A: Tensor, D: Tensor | None, dt_bias: Tensor | None,
+    checkpoints: Tensor, dx: Tensor, ddt: Tensor, dz: Tensor | None, dx_before: Tensor | None, dz_before: Tensor | None,
+    dinitial_state: Tensor | None,
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """Write dx and dz, to which `before` is added, ddt (flat rows) and dinitial_state; return dA, dB, dC, dD, ddt_bias."""
+    (dim, dstate), sizes, nparts = A.shape, call.sizes, call.nparts
+    seqlen, B, C, cu_seqlens = dx.shape[1], call.tokens.B, call.tokens.C, call.walk.cu_seqlens
 
     def parts_of(weight: Tensor, share: int) -> Tensor:
         if weight.ndim == 2:
@@ -432,13 +469,13 @@ def backward(
         return torch.empty(nblocks, *weight.shape, dtype=weight.dtype if nblocks == 1 else A.dtype, device=A.device)
 
     grads = Gradients(
-        dx=like(x), ddt=like(dt), dz=like(z),
+        dx=dx, ddt=ddt, dz=dz, ddt_row=row_stride(ddt), dx_before=dx_before, dz_before=dz_before,
         dB=parts_of(B, sizes.B_share), dC=parts_of(C, sizes.C_share), dA=A.new_empty(nparts, dim, dstate),
         dD=None if D is None else A.new_empty(nparts, dim),
         ddt_bias=None if dt_bias is None else A.new_empty(nparts, dim),
-        dinitial_state=like(initial_state),
+        dinitial_state=dinitial_state,
     )  # fmt: skip
-    with on_device_of(x):
+    with on_device_of(dx):
         if call.grid[0]:
             states = entering_states(call, A, dt_bias, dfinal_state, dy)
             nhomes = nparts if cu_seqlens is None else seqlen // sizes.span + nparts // sizes.nsplits
@@ -449,7 +486,7 @@ def backward(
             )  # fmt: skip
         dA, dD, ddt_bias = (None if t is None else sum_parts(t, A.dtype) for t in (grads.dA, grads.dD, grads.ddt_bias))
         dB, dC = (sum_parts(parts, weight.dtype) for parts, weight in ((grads.dB, B), (grads.dC, C)))
-    return grads.dx, grads.ddt, dA, dB, dC, dD, grads.dz, ddt_bias, grads.dinitial_state
+    return dA, dB, dC, dD, ddt_bias
 
 
 def shipped_configurations() -> Iterator[tuple[str, Callable[[], object]]]:

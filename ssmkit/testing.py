@@ -10,6 +10,7 @@ from torch import Tensor
 from ssmkit.backends import Backend, refusal
 from ssmkit.ops._define import acc_dtype
 from ssmkit.ops._tree import Tree, grid_edges
+from ssmkit.paths import ScanPath, cross
 
 EPS32 = torch.finfo(torch.float32).eps
 # A slack for gradients of parameters. They are sums over all tokens, of terms of both signs: their error is that of the
@@ -144,6 +145,34 @@ def selective_scan_inputs(
     }
     kept = {k: v.to(device) for k, v in inputs.items() if k in ("x", "dt", "A", "B", "C") or k in optional}
     return {**{k: v.requires_grad_(requires_grad) for k, v in kept.items()}, "dt_softplus": True}
+
+
+def cross_selective_scan_inputs(
+    batch: int,
+    height: int,
+    width: int,
+    dim: int,
+    dstate: int,
+    *,
+    paths: tuple[ScanPath, ...] | None = None,
+    ngroups: int = 1,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    optional: tuple[str, ...] = ("D", "z", "dt_bias"),
+    requires_grad: bool = True,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Keyword inputs of `cross_selective_scan` over an image, drawn on the CPU from `seed`; without paths, VMamba's."""
+    paths = cross(height, width) if paths is None else paths
+    scans = [
+        selective_scan_inputs(batch, height * width, dim, dstate, ngroups=ngroups, dtype=dtype, seed=seed + k)
+        for k in range(len(paths))
+    ]
+    per_path = {name: torch.stack([scan[name].detach() for scan in scans], dim=2) for name in ("dt", "B", "C")}
+    per_path |= {name: torch.stack([scan[name].detach() for scan in scans]) for name in ("A", "D", "dt_bias")}
+    drawn = {"x": scans[0]["x"].detach(), "z": scans[0]["z"].detach()} | per_path
+    kept = {k: drawn[k].to(device) for k in ("x", "dt", "A", "B", "C", *optional)}
+    return {**{k: v.requires_grad_(requires_grad) for k, v in kept.items()}, "paths": paths, "dt_softplus": True}
 
 
 def grid_scan_inputs(

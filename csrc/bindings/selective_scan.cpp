@@ -46,6 +46,7 @@ void forward(const Sizes<5>& modes, const Sizes<7>& sizes, const Addresses<12>& 
   set_inputs(p, modes, sizes, inputs, strides);
   const auto [y, final_state, checkpoints] = outputs;
   using ssmkit::pointer;
+  p.y_stride = p.dim;
   p.y = pointer<void>(y), p.final_state = pointer<void>(final_state), p.checkpoints = pointer<void>(checkpoints);
   SSMKIT_CPU(selective_scan_forward)(p);
 }
@@ -57,7 +58,8 @@ void backward(const Sizes<5>& modes, const Sizes<7>& sizes, const Addresses<12>&
   using ssmkit::pointer;
   const auto [checkpoints, dy, dfinal_state] = cotangents;
   p.checkpoints = pointer<void>(checkpoints), p.dy = pointer<void>(dy), p.dfinal_state = pointer<void>(dfinal_state);
-  p.dy_stride = dy_stride;
+  p.dy_stride = dy_stride, p.ddt_stride = p.dim;
+  p.dB_stride = p.B_groups * p.dstate, p.dC_stride = p.C_groups * p.dstate;
   const auto [dx, ddt, dA, dB, dC, dD, dz, ddt_bias, dinitial_state] = gradients;
   p.dx = pointer<void>(dx), p.ddt = pointer<void>(ddt), p.dz = pointer<void>(dz);
   p.dA = pointer<void>(dA), p.dB = pointer<void>(dB), p.dC = pointer<void>(dC);

@@ -209,7 +209,7 @@ class ForwardPart {
       const std::int64_t row = chunk_.row[t];
       __builtin_prefetch(x + next_row[t] * p_.x_stride + next_channel, 0, 2);
       __builtin_prefetch(dt_in + next_row[t] * p_.dt_stride + next_channel, 0, 2);
-      __builtin_prefetch(out + next_row[t] * p_.dim + next_channel, 1, 2);
+      __builtin_prefetch(out + next_row[t] * p_.y_stride + next_channel, 1, 2);
       if (z) __builtin_prefetch(z + next_row[t] * p_.z_stride + next_channel, 0, 2);
       Vec<T> dt_t = load_lanes(dt_in + row * p_.dt_stride + channel, lanes) + bias_b;
       if (p_.dt_softplus) dt_t = softplus(dt_t);
@@ -221,15 +221,15 @@ class ForwardPart {
   }
 
   void epilogue(std::int64_t channel, int lanes) {
-    In* out = static_cast<In*>(p_.y) + channel;
+    const Output<In> y_out(p_.y, p_.y_stride, p_.y_sum, p_.dim, channel, lanes);
     const In* z = static_cast<const In*>(p_.z) + channel;
     for (int t = 0; t < chunk_.count; ++t) {
       const std::int64_t row = chunk_.row[t];
       Vec<T> y_t = load(y() + t * V);
       if (p_.z) y_t = y_t * silu(load_lanes(z + row * p_.z_stride, lanes));
-      store_lanes(out + row * p_.dim, y_t, lanes);
+      y_out.add(row, y_t);
     }
-    for (int i = 0; i < chunk_.npads; ++i) zero_lanes(out + chunk_.pad[i] * p_.dim, lanes);
+    for (int i = 0; i < chunk_.npads; ++i) y_out.zero(chunk_.pad[i]);
   }
 
   template <bool kOutput>

@@ -35,18 +35,28 @@ struct SelectiveScanParams {
   std::int64_t x_stride, dt_stride, z_stride, B_stride, C_stride;
 };
 
+// What an output is added up in over several scans of the same tokens, in `real`, dense rows of dim. Not for complex
+// states, nor are rows of outputs with a stride.
+struct RunningSum {
+  const void* before = nullptr;  // what the scans so far came to; null: this is the first
+  void* after = nullptr;         // takes the sum in the place of the output; null: the output takes it
+};
+
 struct SelectiveScanForward : SelectiveScanParams {
   void* y;            // (batch, seqlen, dim)
+  std::int64_t y_stride;
+  RunningSum y_sum;
   void* final_state;  // (nseq, dim, dstate)   state
   void* checkpoints;  // (slots, dstate, dim)  state; null: not kept
 };
 
-// Gradients have the layout of what they belong to, dense; those of parameters are `real` or `state`.
+// Gradients have the layout of what they belong to; those of parameters are dense, `real` or `state`.
 struct SelectiveScanBackward : SelectiveScanParams {
   const void* checkpoints;   // (slots, dstate, dim)
   const void* dy;            // (batch, seqlen, dim)
   const void* dfinal_state;  // (nseq, dim, dstate)
-  std::int64_t dy_stride;
+  std::int64_t dy_stride, ddt_stride, dB_stride, dC_stride;  // dx and dz: dense
+  RunningSum dx_sum, dz_sum;
   void *dx, *ddt, *dz;                    // dz null where z is
   void *dA, *dB, *dC, *dD, *ddt_bias;     // dD, ddt_bias null where D, dt_bias are
   void* dinitial_state;                   // null where initial_state is

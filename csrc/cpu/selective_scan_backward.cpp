@@ -296,8 +296,9 @@ class BackwardPart {
 
   void epilogue(int b, std::int64_t channel, int lanes) {
     const Vec<T> D = load(vector(b, kD)), zero(T(0)), ln2(kLn2<T>);
-    In *dx_out = static_cast<In*>(p_.dx) + channel, *ddt_out = static_cast<In*>(p_.ddt) + channel;
-    In* dz_out = static_cast<In*>(p_.dz) + channel;
+    const Output<In> dx_out(p_.dx, p_.dim, p_.dx_sum, p_.dim, channel, lanes);
+    const Output<In> dz_out(p_.dz, p_.dim, p_.dz_sum, p_.dim, channel, lanes);
+    In* ddt_out = static_cast<In*>(p_.ddt) + channel;
     const In* z_in = static_cast<const In*>(p_.z) + channel;
     Vec<T> dD = zero, dbias = zero;
     for (int t = 0; t < chunk_.count; ++t) {
@@ -305,20 +306,19 @@ class BackwardPart {
       const Vec<T> dt = load(tile(kDt) + t * V), dy = load(tile(kDy) + t * V), x = load(tile(kX) + t * V);
       const Vec<T> gB = load(tile(kGB) + t * V), qA = load(tile(kQA) + t * V);
       const Vec<T> ddt = fma(x, gB, qA) * load(tile(kSlope) + t * V);
-      store_lanes(dx_out + row * p_.dim, fma(dt * ln2, gB, D * dy), lanes);
-      store_lanes(ddt_out + row * p_.dim, ddt, lanes);
+      dx_out.add(row, fma(dt * ln2, gB, D * dy));
+      store_lanes(ddt_out + row * p_.ddt_stride, ddt, lanes);
       dD = fma(dy, x, dD);
       dbias += ddt;
       if (p_.z) {
         const Vec<T> slope = silu_slope(load_lanes(z_in + row * p_.z_stride, lanes));
-        store_lanes(dz_out + row * p_.dim, load(tile(kDyOut) + t * V) * load(tile(kY) + t * V) * slope, lanes);
+        dz_out.add(row, load(tile(kDyOut) + t * V) * load(tile(kY) + t * V) * slope);
       }
     }
     for (int i = 0; i < chunk_.npads; ++i) {
-      const std::int64_t at = chunk_.pad[i] * p_.dim;
-      zero_lanes(dx_out + at, lanes);
-      zero_lanes(ddt_out + at, lanes);
-      if (p_.z) zero_lanes(dz_out + at, lanes);
+      dx_out.zero(chunk_.pad[i]);
+      zero_lanes(ddt_out + chunk_.pad[i] * p_.ddt_stride, lanes);
+      if (p_.z) dz_out.zero(chunk_.pad[i]);
     }
     store(vector(b, kDD), load(vector(b, kDD)) + dD);
     store(vector(b, kDBias), load(vector(b, kDBias)) + dbias);
@@ -438,9 +438,9 @@ void backward(const SelectiveScanBackward& p) {
     }
   });
 
-  if (p.B_groups) add_parts<In>(p, plan, dB, p.dstate, p.B_groups, &Part::B_group, p.dB);
+  if (p.B_groups) add_parts<In>(p, plan, dB, p.dstate, p.B_groups, &Part::B_group, p.dB, p.dB_stride);
   else add_contributions<T>(p, dB, contributions, p.dstate, p.dB);
-  if (p.C_groups) add_parts<In>(p, plan, dC, p.dstate, p.C_groups, &Part::C_group, p.dC);
+  if (p.C_groups) add_parts<In>(p, plan, dC, p.dstate, p.C_groups, &Part::C_group, p.dC, p.dC_stride);
   else add_contributions<T>(p, dC, contributions, p.dstate, p.dC);
   add_contributions<T>(p, dA, contributions, p.dstate, p.dA);
   if (p.D) add_contributions<T>(p, dD, contributions, 1, p.dD);

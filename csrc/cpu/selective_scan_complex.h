@@ -287,9 +287,9 @@ void complex_backward_of(const SelectiveScanBackward& p) {
   });
 
   const auto reals = [](const C* numbers) { return reinterpret_cast<const T*>(numbers); };
-  if (p.B_groups) add_parts<T>(p, plan, reals(token_dB), 2 * N, p.B_groups, &Part::B_group, p.dB);
+  if (p.B_groups) add_parts<T>(p, plan, reals(token_dB), 2 * N, p.B_groups, &Part::B_group, p.dB, 2 * p.dB_stride);
   else add_contributions<T>(p, dB, groups, 2 * N, p.dB);
-  if (p.C_groups) add_parts<T>(p, plan, reals(token_dC), 2 * N, p.C_groups, &Part::C_group, p.dC);
+  if (p.C_groups) add_parts<T>(p, plan, reals(token_dC), 2 * N, p.C_groups, &Part::C_group, p.dC, 2 * p.dC_stride);
   else add_contributions<T>(p, dC, groups, 2 * N, p.dC);
   add_contributions<T>(p, dA, groups, 2 * N, p.dA);
   if (p.D) add_contributions<T>(p, dD, groups, 1, p.dD);

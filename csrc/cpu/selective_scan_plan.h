@@ -143,5 +143,36 @@ SSMKIT_INLINE void zero_lanes(In* p, int lanes) {
   std::memset(static_cast<void*>(p), 0, static_cast<std::size_t>(lanes) * sizeof(In));
 }
 
+// The lanes at one channel of an output, or of the sum that it is part of.
+template <typename In>
+class Output {
+  using T = acc_t<In>;
+
+ public:
+  Output(void* out, std::int64_t stride, const RunningSum& sum, std::int64_t dim, std::int64_t channel, int lanes)
+      : out_(static_cast<In*>(out) + channel),
+        before_(sum.before ? static_cast<const T*>(sum.before) + channel : nullptr),
+        after_(sum.after ? static_cast<T*>(sum.after) + channel : nullptr),
+        stride_(stride), dim_(dim), lanes_(lanes) {}
+
+  SSMKIT_INLINE void add(std::int64_t row, Vec<T> value) const {
+    if (before_) value += load_lanes(before_ + row * dim_, lanes_);
+    if (after_) store_lanes(after_ + row * dim_, value, lanes_);
+    else store_lanes(out_ + row * stride_, value, lanes_);
+  }
+  // A pad is one in every scan.
+  SSMKIT_INLINE void zero(std::int64_t row) const {
+    if (after_) zero_lanes(after_ + row * dim_, lanes_);
+    else zero_lanes(out_ + row * stride_, lanes_);
+  }
+
+ private:
+  In* out_;
+  const T* before_;
+  T* after_;
+  std::int64_t stride_, dim_;
+  int lanes_;
+};
+
 }  // namespace
 }  // namespace ssmkit::SSMKIT_CAPABILITY

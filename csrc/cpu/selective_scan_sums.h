@@ -17,10 +17,10 @@ struct Partial {
   T* bias;  // (contributions, dim)
 };
 
-// Per-token sums of the parts that read a group: (parts, rows, width) -> (rows, groups, width).
+// Per-token sums of the parts that read a group: (parts, rows, width) -> (rows, groups, width), rows `stride` apart.
 template <typename Out>
 void add_parts(const SelectiveScanBackward& p, const Plan& plan, const acc_t<Out>* partial, std::int64_t width,
-               std::int64_t groups, std::int64_t Part::*group_of, void* out) {
+               std::int64_t groups, std::int64_t Part::*group_of, void* out, std::int64_t stride) {
   using T = acc_t<Out>;
   const std::int64_t rows = p.batch * p.seqlen;
   parallel_for(rows, p.threads, [&](std::int64_t begin, std::int64_t end, int) {
@@ -33,7 +33,7 @@ void add_parts(const SelectiveScanBackward& p, const Plan& plan, const acc_t<Out
           const T* from = partial + (i * rows + row) * width;
           for (std::int64_t n = 0; n < width; ++n) sum[n] += from[n];
         }
-        narrow(static_cast<Out*>(out) + (row * groups + group) * width, sum, width);
+        narrow(static_cast<Out*>(out) + row * stride + group * width, sum, width);
       }
   });
 }

@@ -2,6 +2,7 @@
 
 from ssmkit.ops.causal_conv1d import causal_conv1d
 from ssmkit.ops.causal_conv1d_step import causal_conv1d_step
+from ssmkit.ops.cross_selective_scan import cross_selective_scan
 from ssmkit.ops.grid_scan import grid_scan
 from ssmkit.ops.linear_scan import linear_scan
 from ssmkit.ops.linear_step import linear_step
@@ -17,6 +18,7 @@ from ssmkit.ops.tree_scan import tree_scan
 __all__ = [
     "causal_conv1d",
     "causal_conv1d_step",
+    "cross_selective_scan",
     "grid_scan",
     "linear_scan",
     "linear_step",

@@ -155,13 +155,21 @@ def flat_rows(x: Tensor) -> Tensor:
 
     Views of a wider projection pass untouched; kernels take one row stride for such a tensor.
     """
-    regular = x.shape[0] <= 1 or x.stride(0) == x.shape[1] * x.stride(1)
-    return x if regular and _dense_from(x, 2) else x.contiguous()
+    return x if _flat(x) and _dense_from(x, 2) else x.contiguous()
+
+
+def path_rows(x: Tensor) -> Tensor:
+    """Like `flat_rows` for (batch, seqlen, npaths, ...), where each path's part of a row is dense and they may lie apart."""
+    return x if _flat(x) and _dense_from(x, 3) else x.contiguous()
 
 
 def dense_rows(x: Tensor) -> Tensor:
     """`x` itself where everything but its first axis is dense, else a copy."""
     return x if x.is_contiguous() or _dense_from(x, 1) else x.contiguous()
+
+
+def _flat(x: Tensor) -> bool:
+    return x.shape[0] <= 1 or x.stride(0) == x.shape[1] * x.stride(1)
 
 
 def _dense_from(x: Tensor, axis: int) -> bool:

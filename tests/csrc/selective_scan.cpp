@@ -64,12 +64,13 @@ class Call {
   void run() {
     SelectiveScanForward f;
     set(f);
-    f.y = y.data(), f.final_state = final_state.data(), f.checkpoints = checkpoints.data();
+    f.y = y.data(), f.y_stride = s.dim, f.final_state = final_state.data(), f.checkpoints = checkpoints.data();
     SSMKIT_CPU(selective_scan_forward)(f);
 
     SelectiveScanBackward b;
     set(b);
     b.checkpoints = checkpoints.data(), b.dy = dy.data(), b.dfinal_state = dfinal.data(), b.dy_stride = dy.stride();
+    b.ddt_stride = s.dim, b.dB_stride = o.B_groups * s.dstate, b.dC_stride = o.C_groups * s.dstate;
     b.dx = dx.data(), b.ddt = ddt.data(), b.dz = o.z ? dz.data() : nullptr, b.dA = dA.data(), b.dB = dB.data();
     b.dC = dC.data(), b.dD = o.D ? dD.data() : nullptr, b.ddt_bias = o.bias ? dbias.data() : nullptr;
     b.dinitial_state = o.initial ? dinitial.data() : nullptr;
@@ -339,11 +340,11 @@ const testing::Case kFar("indices beyond 2^31", [] {
     f.x = x.as<void>(), f.dt = dt.as<void>(), f.z = z.as<void>(), f.A = A.data(), f.B = f.C = weights.data();
     f.x_stride = f.dt_stride = f.z_stride = dim;
     f.cu_seqlens = offsets;
-    f.y = y.as<void>(), f.final_state = final_state.data(), f.checkpoints = checkpoints.as<void>();
+    f.y = y.as<void>(), f.y_stride = dim, f.final_state = final_state.data(), f.checkpoints = checkpoints.as<void>();
     SSMKIT_CPU(selective_scan_forward)(f);
     SelectiveScanBackward b{};
     static_cast<SelectiveScanParams&>(b) = f;
-    b.checkpoints = checkpoints.as<void>(), b.dy = dy.as<void>(), b.dy_stride = dim;
+    b.checkpoints = checkpoints.as<void>(), b.dy = dy.as<void>(), b.dy_stride = b.ddt_stride = dim;
     b.dx = dx.as<void>(), b.ddt = ddt.as<void>(), b.dz = dz.as<void>();
     b.dA = dA.data(), b.dB = dB.data(), b.dC = dC.data();
     SSMKIT_CPU(selective_scan_backward)(b);
@@ -376,11 +377,12 @@ const testing::Case kWideRows("row strides beyond 2^31", [] {
     f.batch = 1, f.seqlen = rows, f.dim = dim, f.dstate = dstate, f.nseq = 1, f.B_groups = f.C_groups = 1;
     f.x = base, f.dt = base + 2, f.z = base + 4, f.A = A.data(), f.B = base + 6, f.C = base + 9;
     f.x_stride = f.dt_stride = f.z_stride = f.B_stride = f.C_stride = step;
-    f.y = y.data(), f.final_state = final_state.data(), f.checkpoints = checkpoints.data();
+    f.y = y.data(), f.y_stride = dim, f.final_state = final_state.data(), f.checkpoints = checkpoints.data();
     SSMKIT_CPU(selective_scan_forward)(f);
     SelectiveScanBackward b{};
     static_cast<SelectiveScanParams&>(b) = f;
     b.checkpoints = checkpoints.data(), b.dy = base + 12, b.dy_stride = step;
+    b.ddt_stride = dim, b.dB_stride = b.dC_stride = dstate;
     b.dx = dx.data(), b.ddt = ddt.data(), b.dz = dz.data(), b.dA = dA.data(), b.dB = dB.data(), b.dC = dC.data();
     SSMKIT_CPU(selective_scan_backward)(b);
     std::vector<double> all;

@@ -1,6 +1,7 @@
 """The CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer, against naive loops, without Python.
 
-Every file here that includes harness.h tests the op it is named after: its kernels are csrc/cpu/<op>*.cpp.
+Every file here that includes harness.h tests the op it is named after: its kernels are csrc/cpu/<op>*.cpp, and those of
+the ops whose headers its own header includes.
 """
 
 import os
@@ -56,7 +57,9 @@ def test_kernels_stay_within_their_tensors(op, cxx, tmp_path):
     common = [cxx, "-std=c++17", *SANITIZE, "-fopenmp", "-I", str(ROOT / "csrc"), "-I", str(HERE)]
     common += [f"-DSSMKIT_BUILT_{name.upper()}" for name in capabilities]
     units = [(HERE / "driver.cpp", []), (HERE / f"{op}.cpp", []), (ROOT / "csrc/dispatch.cpp", [])]
-    for source in sorted((ROOT / "csrc/cpu").glob(f"{op}*.cpp")):
+    header = (ROOT / f"csrc/cpu/{op}.h").read_text()
+    used = [op, *(other for other in OPS if f'"cpu/{other}.h"' in header)]
+    for source in sorted({path for name in used for path in (ROOT / "csrc/cpu").glob(f"{name}*.cpp")}):
         units += [(source, [*flags, f"-DSSMKIT_CAPABILITY={name}"]) for name, flags in capabilities.items()]
     objects = [str(tmp_path / f"{i}.o") for i in range(len(units))]
     commands = [

@@ -13,6 +13,7 @@ from ssmkit.testing import available
 SIZES = {
     "causal_conv1d": (2, 5, 4, 3),
     "causal_conv1d_step": (2, 4, 3),
+    "cross_selective_scan": (2, 2, 3, 4, 3),
     "grid_scan": (2, 2, 3, 4, 2),
     "linear_scan": (2, 5, 4),
     "linear_step": (2, 4, 3),
