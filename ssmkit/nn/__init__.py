@@ -2,10 +2,26 @@
 
 from ssmkit.nn.attention import MHA
 from ssmkit.nn.block import Block, MambaStack
+from ssmkit.nn.drop_path import DropPath
+from ssmkit.nn.layer_norm2d import LayerNorm2d
 from ssmkit.nn.mamba import Mamba
 from ssmkit.nn.mamba2 import Mamba2, Mamba2Simple
 from ssmkit.nn.mamba3 import Mamba3
 from ssmkit.nn.mlp import GatedMLP
+from ssmkit.nn.patch_embed import PatchEmbed
 from ssmkit.nn.rms_norm import RMSNorm
 
-__all__ = ["MHA", "Block", "GatedMLP", "Mamba", "Mamba2", "Mamba2Simple", "Mamba3", "MambaStack", "RMSNorm"]
+__all__ = [
+    "MHA",
+    "Block",
+    "DropPath",
+    "GatedMLP",
+    "LayerNorm2d",
+    "Mamba",
+    "Mamba2",
+    "Mamba2Simple",
+    "Mamba3",
+    "MambaStack",
+    "PatchEmbed",
+    "RMSNorm",
+]

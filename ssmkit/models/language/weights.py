@@ -6,17 +6,16 @@ error that names it.
 """
 
 import json
-import os
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from ssmkit.models.language.config import LanguageModelConfig
 from ssmkit.models.language.model import LanguageModel
+from ssmkit.models.weights import fit, read, replacing, safetensors, some
 
 Layout = Literal["state-spaces", "transformers"]
 CONFIGS = ("config.json", "params.json")
@@ -29,7 +28,6 @@ WEIGHTS = (
     "pytorch_model.bin.index.json",
 )
 EMBEDDING, HEAD = "backbone.embedding.weight", "lm_head.weight"
-AT_MOST = 8  # names in one message
 
 
 def load(
@@ -125,21 +123,6 @@ def parts_of(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def read(files: Iterable[Path]) -> dict[str, Tensor]:
-    """All tensors of some files; a name that stands in two of them is an error."""
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        if file.suffix == ".safetensors":
-            found = safetensors().load_file(file)
-        else:
-            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        twice = tensors.keys() & found.keys()
-        if twice:
-            raise ValueError(f"{file}: {some(twice)} also in another file of the same weights")
-        tensors |= found
-    return tensors
-
-
 def official_names(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Tensors of either layout under the names of state-spaces."""
     result: dict[str, Tensor] = {}
@@ -158,57 +141,11 @@ def put(model: LanguageModel, tensors: dict[str, Tensor], *, source: str, device
     Raises:
         ValueError: a tensor is missing, unknown or of another shape; tied weights differ.
     """
-    wanted = model.state_dict()
     if model.config.tie_embeddings and HEAD in tensors and EMBEDDING in tensors:
         head, embedding = tensors[HEAD], tensors[EMBEDDING]
         if head.data_ptr() != embedding.data_ptr() and not torch.equal(head, embedding):
             raise ValueError(f"{source}: {HEAD} differs from {EMBEDDING}, but the config says that they are tied")
     if model.config.tie_embeddings and EMBEDDING in tensors:
         tensors = tensors | {HEAD: tensors[EMBEDDING]}
-    missing, unknown = wanted.keys() - tensors.keys(), tensors.keys() - wanted.keys()
-    if missing or unknown:
-        problems = [f"{what} {some(names)}" for what, names in (("missing", missing), ("unknown", unknown)) if names]
-        raise ValueError(f"{source}: the weights do not fit the model: {'; '.join(problems)}")
-    shapes = [
-        f"{name} must have shape {tuple(wanted[name].shape)}, got {tuple(tensor.shape)}"
-        for name, tensor in tensors.items()
-        if tensor.shape != wanted[name].shape
-    ]
-    if shapes:
-        raise ValueError(f"{source}: {some(shapes)}")
-    marks = {name: vars(parameter) for name, parameter in model.named_parameters()}
-    # Tensors that are read from a file may be mapped from it: without a copy, rewriting the file would end the process.
-    placed = {name: tensor.to(device, wanted[name].dtype, copy=True) for name, tensor in tensors.items()}
-    model.load_state_dict(placed, strict=True, assign=True)
+    fit(model, tensors, source=source, device=device)
     model.tie_weights()
-    for name, parameter in model.named_parameters():
-        vars(parameter).update(marks[name])
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A file beside `path` to write, which takes its place once it is whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        yield partial
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def some(names: Iterable[str]) -> str:
-    """The first few of some names."""
-    ordered = sorted(names)
-    rest = len(ordered) - AT_MOST
-    return ", ".join(ordered[:AT_MOST]) + (f" and {rest} more" if rest > 0 else "")
-
-
-def safetensors() -> Any:
-    """safetensors.torch, which is installed with the extra `language`."""
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError(
-            "reading and writing *.safetensors needs safetensors: pip install 'ssmkit[language]'"
-        ) from error
-    return safetensors.torch

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssmkit.models.language.weights import read, weight_files
+from ssmkit.models.language.weights import weight_files
+from ssmkit.models.weights import read
 
 
 def load_config_hf(model_name: str | Path) -> dict[str, Any]:

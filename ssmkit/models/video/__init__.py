@@ -1,0 +1,1 @@
+"""Backbones of clips by name; `ssmkit.models.create_model` makes them."""
