@@ -6,22 +6,28 @@ from ssmkit.nn.drop_path import DropPath
 from ssmkit.nn.layer_norm2d import LayerNorm2d
 from ssmkit.nn.mamba import Mamba
 from ssmkit.nn.mamba2 import Mamba2, Mamba2Simple
+from ssmkit.nn.mamba2d import Mamba2D, Mamba2DBlock
 from ssmkit.nn.mamba3 import Mamba3
-from ssmkit.nn.mlp import GatedMLP
+from ssmkit.nn.mlp import MLP, GatedMLP
 from ssmkit.nn.patch_embed import PatchEmbed
 from ssmkit.nn.rms_norm import RMSNorm
+from ssmkit.nn.rope_attention import RoPEAttention2D
 
 __all__ = [
     "MHA",
+    "MLP",
     "Block",
     "DropPath",
     "GatedMLP",
     "LayerNorm2d",
     "Mamba",
     "Mamba2",
+    "Mamba2D",
+    "Mamba2DBlock",
     "Mamba2Simple",
     "Mamba3",
     "MambaStack",
     "PatchEmbed",
     "RMSNorm",
+    "RoPEAttention2D",
 ]

@@ -63,15 +63,9 @@ class Mamba(nn.Module):
         for name, size in (("d_model", d_model), ("d_state", d_state), ("d_conv", d_conv), ("expand", expand)):
             if size < 1:
                 raise ValueError(f"{name} must be at least 1, got {size}")
-        if dt_rank != "auto" and (not isinstance(dt_rank, int) or dt_rank < 1):
-            raise ValueError(f"dt_rank must be 'auto' or at least 1, got {dt_rank!r}")
-        if not 0 < dt_min <= dt_max:
-            raise ValueError(f"step sizes need 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
-        if dt_init not in ("random", "constant"):
-            raise ValueError(f"dt_init must be 'random' or 'constant', got {dt_init!r}")
+        self.dt_rank = checked_dt_rank(d_model, dt_rank, dt_min, dt_max, dt_init)
         self.d_model, self.d_state, self.d_conv, self.expand = d_model, d_state, d_conv, expand
         self.d_inner = int(expand * d_model)
-        self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         self.layer_idx = layer_idx
         self.backend = backend
         place: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -198,6 +192,17 @@ class Mamba(nn.Module):
 def s4d_real(dim: int, dstate: int, device: torch.device | str | None = None) -> Tensor:
     """A_log = log(1..dstate) for every channel: S4D-Real, arXiv:2206.11893.     (dim, dstate) fp32"""
     return torch.arange(1, dstate + 1, dtype=torch.float32, device=device).log().repeat(dim, 1)
+
+
+def checked_dt_rank(d_model: int, dt_rank: int | str, dt_min: float, dt_max: float, dt_init: str) -> int:
+    """The rank of the step sizes, ceil(d_model / 16) for "auto"; options that `init_dt` cannot start from are refused."""
+    if dt_rank != "auto" and (not isinstance(dt_rank, int) or dt_rank < 1):
+        raise ValueError(f"dt_rank must be 'auto' or at least 1, got {dt_rank!r}")
+    if not 0 < dt_min <= dt_max:
+        raise ValueError(f"step sizes need 0 < dt_min <= dt_max, got {dt_min} and {dt_max}")
+    if dt_init not in ("random", "constant"):
+        raise ValueError(f"dt_init must be 'random' or 'constant', got {dt_init!r}")
+    return dt_rank if isinstance(dt_rank, int) else math.ceil(d_model / 16)
 
 
 @torch.no_grad()
