@@ -12,12 +12,18 @@ from ssmkit.nn.mlp import MLP, GatedMLP
 from ssmkit.nn.patch_embed import PatchEmbed
 from ssmkit.nn.rms_norm import RMSNorm
 from ssmkit.nn.rope_attention import RoPEAttention2D
+from ssmkit.nn.ss2d import SS2D, ForwardType
+from ssmkit.nn.vss_block import VSSBlock
+from ssmkit.nn.vssd import VSSD, VSSDBlock
 
 __all__ = [
     "MHA",
     "MLP",
+    "SS2D",
+    "VSSD",
     "Block",
     "DropPath",
+    "ForwardType",
     "GatedMLP",
     "LayerNorm2d",
     "Mamba",
@@ -30,4 +36,6 @@ __all__ = [
     "PatchEmbed",
     "RMSNorm",
     "RoPEAttention2D",
+    "VSSBlock",
+    "VSSDBlock",
 ]

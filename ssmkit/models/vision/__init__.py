@@ -1,5 +1,6 @@
 """Vision backbones by name; `ssmkit.models.create_model` makes them."""
 
 from ssmkit.models.vision.backbone import FeatureList, VisionBackbone
+from ssmkit.models.vision.vmamba import VMamba
 
-__all__ = ["FeatureList", "VisionBackbone"]
+__all__ = ["FeatureList", "VMamba", "VisionBackbone"]
