@@ -2,7 +2,9 @@
 
 from ssmkit.nn.attention import MHA
 from ssmkit.nn.block import Block, MambaStack
+from ssmkit.nn.dbm import DBM
 from ssmkit.nn.drop_path import DropPath
+from ssmkit.nn.grootv import GrootVLayer, TreeSSM
 from ssmkit.nn.layer_norm2d import LayerNorm2d
 from ssmkit.nn.mamba import Mamba
 from ssmkit.nn.mamba2 import Mamba2, Mamba2Simple
@@ -13,18 +15,22 @@ from ssmkit.nn.patch_embed import PatchEmbed
 from ssmkit.nn.rms_norm import RMSNorm
 from ssmkit.nn.rope_attention import RoPEAttention2D
 from ssmkit.nn.ss2d import SS2D, ForwardType
+from ssmkit.nn.vim import BiMamba
 from ssmkit.nn.vss_block import VSSBlock
 from ssmkit.nn.vssd import VSSD, VSSDBlock
 
 __all__ = [
+    "DBM",
     "MHA",
     "MLP",
     "SS2D",
     "VSSD",
+    "BiMamba",
     "Block",
     "DropPath",
     "ForwardType",
     "GatedMLP",
+    "GrootVLayer",
     "LayerNorm2d",
     "Mamba",
     "Mamba2",
@@ -36,6 +42,7 @@ __all__ = [
     "PatchEmbed",
     "RMSNorm",
     "RoPEAttention2D",
+    "TreeSSM",
     "VSSBlock",
     "VSSDBlock",
 ]
