@@ -229,7 +229,9 @@ class SS2D(nn.Module):
         if self.conv2d is not None:
             x = self.conv2d(x.movedim(3, 1)).movedim(1, 3)
         x = self.act(x)
-        y = self.out_act(self.out_norm(self.scan(x)).to(x.dtype))
+        # A scan in fp32 is normalised in fp32, too, where the weights are.
+        y = self.out_norm(self.scan(x).to(self.out_proj.weight.dtype)).to(x.dtype)
+        y = self.out_act(y)
         if z is not None:
             y = y * (self.act(z) if self.forward_type.gate == "activated" else z)
         return self.dropout(self.out_proj(y)).movedim(3, axis)
