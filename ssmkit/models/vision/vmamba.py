@@ -100,9 +100,17 @@ class VMamba(VisionBackbone):
             raise ValueError(f"a backbone with out_norms has no classifier: num_classes must be 0, got {num_classes}")
         place: dict[str, Any] = {"device": device, "dtype": dtype}
         self.in_chans, self.num_classes, self.num_features = in_chans, num_classes, widths[-1]
+        levels = range(-len(depths), len(depths))
+        if any(level not in levels for level in out_norms):
+            raise ValueError(f"out_norms must hold levels {levels[0]}..{levels[-1]}, got {tuple(out_norms)}")
+        self.out_norms = sorted({level % len(depths) for level in out_norms})
         self.feature_info = [
-            {"num_chs": width, "reduction": patch_size * 2**stage, "module": f"layers.{stage}.blocks"}
-            for stage, width in enumerate(widths)
+            {
+                "num_chs": width,
+                "reduction": patch_size * 2**level,
+                "module": f"outnorm{level}" if level in self.out_norms else f"layers.{level}.blocks",
+            }
+            for level, width in enumerate(widths)
         ]
 
         self.patch_embed = PATCH_EMBEDS[patchembed_version](in_chans, widths[0], patch_size, **place)
@@ -133,7 +141,6 @@ class VMamba(VisionBackbone):
             last = stage == len(depths) - 1
             shrink = nn.Identity() if last else DOWNSAMPLES[downsample_version](*widths[stage : stage + 2], **place)
             self.layers.append(Stage(nn.Sequential(*blocks), shrink))
-        self.out_norms = sorted(self.levels(out_norms))
         for level in self.out_norms:
             self.add_module(f"outnorm{level}", nn.LayerNorm(widths[level], **place))
         if not self.out_norms:
