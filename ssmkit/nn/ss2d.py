@@ -253,24 +253,28 @@ class SS2D(nn.Module):
 
     def _scan_paths(self, x: Tensor, paths: tuple[ScanPath, ...], sets: slice, merge: str = "sum") -> Tensor:
         """Scans along some paths with some of the sets of parameters."""
-        tokens, wide = x.flatten(1, 2), torch.float64 if self.A_logs.dtype == torch.float64 else torch.float32
-        dt, B, C = steps_and_weights(tokens, self.x_proj_weight[sets], self.dt_projs_weight[sets])
-        if self.forward_type.fp32:
-            tokens, dt, B, C = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (tokens, dt, B, C))
-        y = cross_selective_scan(
-            tokens,
-            dt,
-            -torch.exp(self.A_logs.to(wide)).view(NPATHS, self.d_inner, -1)[sets],
-            B,
-            C,
-            paths,
-            D=self.Ds.view(NPATHS, -1)[sets],
-            dt_bias=self.dt_projs_bias[sets],
-            dt_softplus=True,
-            merge=merge,
-            backend=self.backend,
-        )
+        y = cross_selective_scan(**self.scan_inputs(x, sets), paths=paths, merge=merge, backend=self.backend)
         return y.unflatten(1, x.shape[1:3])
+
+    def scan_inputs(self, x: Tensor, sets: slice = slice(NPATHS)) -> dict[str, Any]:
+        """What `cross_selective_scan` takes besides paths: tokens, and what each path makes of them.
+
+        Args:
+            x: Output of the convolution           (batch, height, width, d_inner)
+            sets: Of the parameters by paths, which.
+        """
+        x, wide = x.flatten(1, 2), torch.float64 if self.A_logs.dtype == torch.float64 else torch.float32
+        dt, B, C = steps_and_weights(x, self.x_proj_weight[sets], self.dt_projs_weight[sets])
+        per_token = {"x": x, "dt": dt, "B": B, "C": C}
+        if self.forward_type.fp32:
+            per_token = {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in per_token.items()}
+        return {
+            **per_token,
+            "A": -torch.exp(self.A_logs.to(wide)).view(NPATHS, self.d_inner, -1)[sets],
+            "D": self.Ds.view(NPATHS, -1)[sets],
+            "dt_bias": self.dt_projs_bias[sets],
+            "dt_softplus": True,
+        }
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         own = {prefix + name: tensor for name, tensor in self.state_dict().items()}
