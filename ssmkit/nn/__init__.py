@@ -4,6 +4,7 @@ from ssmkit.nn.attention import MHA
 from ssmkit.nn.block import Block, MambaStack
 from ssmkit.nn.dbm import DBM
 from ssmkit.nn.drop_path import DropPath
+from ssmkit.nn.grootl import GrootL
 from ssmkit.nn.grootv import GrootVLayer, TreeSSM
 from ssmkit.nn.layer_norm2d import LayerNorm2d
 from ssmkit.nn.mamba import Mamba
@@ -30,6 +31,7 @@ __all__ = [
     "DropPath",
     "ForwardType",
     "GatedMLP",
+    "GrootL",
     "GrootVLayer",
     "LayerNorm2d",
     "Mamba",

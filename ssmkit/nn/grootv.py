@@ -4,6 +4,7 @@ Xiao et al. 2024, "MambaTree: Tree Topology is All You Need in State Space Model
 initialisation are those of the official `Tree_SSM` and `GrootVLayer`, so official state dicts load.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any, Literal
 
@@ -191,20 +192,21 @@ def likeness_tree(x: Tensor, *, backend: str = "auto") -> Tree:
         cosines.append(((first * second).sum(-1) / (first_length * second_length)).flatten(1))
     weights = torch.exp(-torch.cat(cosines, dim=1))
     height, width = x.shape[1:3]
-    return minimum_spanning_tree(weights, edges_of(height, width, x.device), height * width, backend=backend)
+    edges = edges_of(grid_edges, height, width, device=x.device)
+    return minimum_spanning_tree(weights, edges, height * width, backend=backend)
 
 
-def edges_of(rows: int, cols: int, device: torch.device) -> Tensor:
-    """`grid_edges`, on a GPU the same tensor again, because a new one is waited for when it is checked."""
+def edges_of(make: Callable[..., Tensor], *sizes: int, device: torch.device) -> Tensor:
+    """make(*sizes, device); on a GPU the same tensor again, because a new one is waited for when it is checked."""
     if device.type in ("cpu", "meta") or torch.compiler.is_compiling() or active_fake_mode() is not None:
-        return grid_edges(rows, cols, device)
-    return _edges_on(rows, cols, device)
+        return make(*sizes, device)
+    return _edges_on(make, sizes, device)
 
 
 @lru_cache(maxsize=64)
-def _edges_on(rows: int, cols: int, device: torch.device) -> Tensor:
+def _edges_on(make: Callable[..., Tensor], sizes: tuple[int, ...], device: torch.device) -> Tensor:
     with torch.inference_mode(False):
-        return grid_edges(rows, cols, device)
+        return make(*sizes, device)
 
 
 def normed(norm: nn.LayerNorm, x: Tensor) -> Tensor:
