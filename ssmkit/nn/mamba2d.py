@@ -109,24 +109,26 @@ class Mamba2D(nn.Module):
 
     def scan(self, x: Tensor) -> Tensor:
         """The recurrence alone, over (batch, height, width, d_inner)."""
+        return grid_scan(**self.scan_inputs(x), start=STARTS[self.scan_start], backend=self.backend)
+
+    def scan_inputs(self, x: Tensor) -> dict[str, Any]:
+        """What `grid_scan` takes, made of its x."""
         ranks, states = [self.dt_rank] * 2, [self.d_state] * 3
         dt_top, dt_left, B_top, B_left, C = self.x_proj(x).split([*ranks, *states], dim=-1)
-        return grid_scan(
-            x,
-            F.linear(dt_top, self.dt_projT.weight),
-            F.linear(dt_left, self.dt_projL.weight),
-            rates(self.AT_log),
-            rates(self.AL_log),
-            B_top,
-            B_left,
-            C,
-            D=self.D,
-            dt_bias_top=self.dt_projT.bias,
-            dt_bias_left=self.dt_projL.bias,
-            dt_softplus=True,
-            start=STARTS[self.scan_start],
-            backend=self.backend,
-        )
+        return {
+            "x": x,
+            "dt_top": F.linear(dt_top, self.dt_projT.weight),
+            "dt_left": F.linear(dt_left, self.dt_projL.weight),
+            "A_top": rates(self.AT_log),
+            "A_left": rates(self.AL_log),
+            "B_top": B_top,
+            "B_left": B_left,
+            "C": C,
+            "D": self.D,
+            "dt_bias_top": self.dt_projT.bias,
+            "dt_bias_left": self.dt_projL.bias,
+            "dt_softplus": True,
+        }
 
     def extra_repr(self) -> str:
         """Sizes, for print()."""
