@@ -43,8 +43,8 @@ class VMamba(VisionBackbone):
             convolution of 2 x 2, step 2; "v3": one of 3 x 3, step 2.
         patchembed_version: "v1": one convolution; "v2": two of step patch_size / 2, with LayerNorm and GELU between.
         out_norms: Levels whose feature maps get a LayerNorm of their own, outnorm0, ..., as in the published backbones
-            for detection and segmentation. Those have no classifier: num_classes must be 0. `load_official` also takes
-            weights of a classifier then, leaves its head out and the new norms as they are.
+            for detection and segmentation. Those have no classifier: num_classes must be 0. `load_official` takes the
+            weights of a whole detector then, or those of a classifier, without its head and with the new norms as they are.
         img_size: Accepted for compatibility: images may have any size.
         backend: Handed to the op: "auto", "reference" or a backend's name.
     Shapes:
@@ -174,7 +174,10 @@ class VMamba(VisionBackbone):
         return logits
 
     def translate(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Names and shapes of every release to those of the first one with MLPs, whose are ours."""
+        """Names and shapes of every release to those of the published checkpoints."""
+        if any(name.startswith("backbone.") for name in tensors):  # of a detector or segmenter
+            parts = {name: tensor for name, tensor in tensors.items() if name.startswith("backbone.")}
+            tensors = {name.removeprefix("backbone."): tensor for name, tensor in parts.items()}
         own = self.state_dict()
         renames = [*RENAMED, *(MERGING if "layers.0.downsample.norm.weight" in own else ())]
         adapted = {}

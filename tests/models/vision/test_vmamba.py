@@ -162,7 +162,8 @@ def test_the_dense_backbone_takes_its_own_weights_and_those_of_a_classifier():
     torch.testing.assert_close(normed[1], plain[1])
     assert [info["module"] for info in dense.feature_info] == ["outnorm0", "layers.1.blocks", "outnorm2"]
     other = small(num_classes=0, out_norms=(0, 2))
-    other.load_official(dense.state_dict())
+    detector = {f"backbone.{name}": tensor for name, tensor in dense.state_dict().items()}
+    other.load_official({"state_dict": detector | {"neck.convs.0.weight": torch.ones(1)}, "meta": {"epoch": 12}})
     assert same(other, dense)
     torch.testing.assert_close(dense(x), normed[2].mean((2, 3)))
 
