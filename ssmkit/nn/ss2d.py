@@ -35,7 +35,7 @@ def _turned(height: int, width: int) -> tuple[ScanPath, ...]:
     return row(height, width), columns[0], row(height, width).flip(), columns[1]
 
 
-# The four paths of each kind of scan; "cascade" is two scans of two paths each, see SS2D.cascade.
+# The four paths of each kind of scan; "cascade" is two scans of two paths each, see SS2D.scan.
 SCANS: dict[str, Callable[[int, int], tuple[ScanPath, ...]] | None] = {
     "cross": cross,
     "unidirectional": _unidirectional,
