@@ -11,6 +11,7 @@ from ssmkit.nn.mamba import Mamba
 from ssmkit.nn.mamba2 import Mamba2, Mamba2Simple
 from ssmkit.nn.mamba2d import Mamba2D, Mamba2DBlock
 from ssmkit.nn.mamba3 import Mamba3
+from ssmkit.nn.mamba_nd import MambaND, MambaNDLayer
 from ssmkit.nn.mlp import MLP, GatedMLP
 from ssmkit.nn.patch_embed import PatchEmbed
 from ssmkit.nn.rms_norm import RMSNorm
@@ -40,6 +41,8 @@ __all__ = [
     "Mamba2DBlock",
     "Mamba2Simple",
     "Mamba3",
+    "MambaND",
+    "MambaNDLayer",
     "MambaStack",
     "PatchEmbed",
     "RMSNorm",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def carried_state(mixer: Any, state: Any, inference_params: Any, batch: int, **walk: Tensor | None) -> tuple[Any, bool]:
+def carried_state(mixer: Any, state: Any, inference_params: Any, batch: int, **walk: Any) -> tuple[Any, bool]:
     """The state that a call continues, None if none, and whether its tokens go through `step`.
 
     Args:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ssmkit.nn._inference import carried_state, check_one_token
 from ssmkit.nn.linear import product, project
 from ssmkit.ops import causal_conv1d, causal_conv1d_step, selective_scan, selective_state_step
+from ssmkit.paths import ScanPath
 
 MambaState = tuple[Tensor, Tensor]
 
@@ -91,6 +92,7 @@ class Mamba(nn.Module):
         mask: Tensor | None = None,
         resets: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
+        path: ScanPath | None = None,
         state: MambaState | None = None,
     ) -> Tensor:
         """Mix the tokens.
@@ -102,10 +104,11 @@ class Mamba(nn.Module):
             mask: True at real tokens; a pad is as if it were not there  (batch, seqlen) bool
             resets: Tokens that drop everything before them              (batch, seqlen) bool
             cu_seqlens: Offsets of sequences packed into one row         (nseq + 1,)  int32 or int64
+            path: Order in which the tokens are visited, by the convolution too; by default as they lie.
             state: (conv_state, ssm_state), continued and then updated in place.
         """
         nseq = hidden_states.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
-        walk: dict[str, Any] = {"mask": mask, "resets": resets, "cu_seqlens": cu_seqlens}
+        walk: dict[str, Any] = {"mask": mask, "resets": resets, "cu_seqlens": cu_seqlens, "path": path}
         state, single = carried_state(self, state, inference_params, nseq, **walk)
         if single:
             assert state is not None

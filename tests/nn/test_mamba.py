@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from golden_cases import load, names
 
 from ssmkit.nn import Mamba, MambaStack
+from ssmkit.paths import column
 from ssmkit.testing import assert_close, device_of
 
 BACKENDS = mixers.usable("selective_scan", "causal_conv1d")
@@ -85,6 +86,12 @@ def test_transformers_mixer_gives_the_same_numbers():
     with torch.no_grad():
         # Its scan runs in float32 whatever the layer's dtype.
         assert_close("y", ours.double()(hidden).float(), theirs(hidden))
+
+
+@every_backend
+def test_a_path_is_a_gather_before_and_a_scatter_after(backend):
+    mixer, hidden, path = layer(backend), tokens(backend, seqlen=12), column(3, 4)
+    torch.testing.assert_close(mixer(hidden, path=path), mixer(hidden[:, path.tokens()])[:, path.inverse()])
 
 
 @every_backend
@@ -234,7 +241,7 @@ def test_bad_arguments(options, message):
 
 def test_bad_calls():
     mixer, hidden = layer(), tokens()
-    mixers.check_bad_states(mixer, hidden, walk="mask, resets or cu_seqlens")
+    mixers.check_bad_states(mixer, hidden, walk="mask, resets, cu_seqlens or path")
     with pytest.raises(ValueError, match="make_mixer makes the mixers, so d_state would go unused"):
         MambaStack(12, 1, make_mixer=lambda index: mixer, d_state=8)
     with pytest.raises(ValueError, match="initial_state must have shape"):
