@@ -128,7 +128,7 @@ register(
         fmas=fmas,
         products=products,
         slack=SLACK,
-        parameters=("AT_log", "AL_log", "D", "dt_projT.bias", "dt_projL.bias"),
+        parameters=tuple(name for name, _ in Mamba2D(1, local_path=True).named_parameters()),
         reference=reference,
         rivals={
             "torch, by diagonals": plain(torch_diagonals, declines=diagonals_decline),

@@ -120,7 +120,7 @@ class TreeSSM(nn.Module):
         tokens, B, C, dt = (part.to(A.dtype) for part in (tokens, B, C, dt))
         dt = F.softplus(dt + self.dt_projs_bias[0].to(A.dtype))
         h = tree_scan(torch.exp(dt * A), dt * B * tokens, tree, backend=self.backend)
-        y = normed(self.h_norm, h) * C + self.Ds.to(A.dtype) * tokens
+        y = torch.addcmul(self.Ds.to(A.dtype) * tokens, normed(self.h_norm, h), C)
         return normed(self.out_norm, y).to(x.dtype).unflatten(1, (height, width))
 
     def extra_repr(self) -> str:

@@ -181,7 +181,8 @@ class StarReLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape."""
-        return self.scale * F.relu(x).square() + self.bias
+        x = F.relu(x)
+        return torch.addcmul(self.bias, self.scale * x, x)
 
 
 class Scale(nn.Module):
