@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from golden_cases import load
 
 from ssmkit.nn import GrootVLayer, TreeSSM
-from ssmkit.nn.grootv import likeness_tree
+from ssmkit.nn.grootv import _edges_on, edges_of, likeness_tree
 from ssmkit.ops import minimum_spanning_tree
 from ssmkit.ops.minimum_spanning_tree import grid_edges
 from ssmkit.testing import available, device_of
@@ -41,6 +41,15 @@ def test_cells_that_are_alike_or_empty_make_a_tree():
     alike = minimum_spanning_tree(torch.zeros(1, 17), grid_edges(3, 4), 12)
     for row in range(2):
         assert joined(likeness_tree(x), row) == joined(alike, 0)
+
+
+def test_edges_are_made_once_where_their_check_waits_for_the_device():
+    cpu = torch.device("cpu")
+    with torch.inference_mode():
+        kept = _edges_on(grid_edges, (3, 4), cpu)
+    assert kept is _edges_on(grid_edges, (3, 4), cpu)
+    assert not kept.is_inference()
+    assert torch.equal(kept, edges_of(grid_edges, 3, 4, device=cpu))
 
 
 def mixed_by_hand(mixer, u):
