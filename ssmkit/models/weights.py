@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 AT_MOST = 8  # names in one message
 # What training scripts wrap their tensors in, and what wrappers of a module put before each name.
-WRAPPERS = ("model", "state_dict", "model_ema")
+WRAPPERS = ("model", "module", "state_dict", "model_ema")
 PREFIXES = ("module.", "_orig_mod.")
 
 

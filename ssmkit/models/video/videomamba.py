@@ -167,8 +167,11 @@ class VideoMamba(BiMambaBackbone):
         pos = resample_pos_embed(self.pos_embed, self.patch_embed.grid_size[1:], grid[1:], 1)
         return pos, resample_frames(self.temporal_pos_embedding, grid[0])
 
-    def load_image_weights(self, weights: str | Path | Mapping[str, Any], *, inflation: str = "center") -> None:
-        """Start from a trained image model. Its head is left out; head and temporal_pos_embedding stay as they are.
+    def load_pretrained(self, weights: str | Path | Mapping[str, Any], *, inflation: str = "center") -> None:
+        """Start from an image model, or from the published masked pre-training on clips.
+
+        Heads are left out, and of the pre-training its decoder and its norm, as published. What has no counterpart in the
+        weights stays as it is: the head, temporal_pos_embedding of image models, norm_f of the pre-training.
 
         Args:
             weights: A checkpoint file, or what it holds, as in `load_official`.
@@ -179,19 +182,21 @@ class VideoMamba(BiMambaBackbone):
         """
         if inflation not in ("center", "mean"):
             raise ValueError(f"inflation must be 'center' or 'mean', got {inflation!r}")
-        tensors = unwrapped(weights if isinstance(weights, Mapping) else read_file(Path(weights)))
-        tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
-        name = "patch_embed.proj.weight"
-        if name in tensors and tensors[name].ndim == 4:
-            tensors[name] = inflated(tensors[name], self.patch_embed.kernel_size, inflation)
-        kept = {n: t for n, t in self.state_dict().items() if n.startswith(("head.", "temporal_pos_embedding"))}
-        self.load_official(tensors | kept)
+        given = unwrapped(weights if isinstance(weights, Mapping) else read_file(Path(weights)))
+        masked = any(name.startswith("clip_decoder.") for name in given)
+        left_out = ("head.", "clip_decoder.", "norm.") if masked else ("head.",)
+        tensors = {name: tensor for name, tensor in given.items() if not name.startswith(left_out)}
+        patches = tensors.get("patch_embed.proj.weight")
+        if patches is not None and patches.ndim == 4:
+            tensors["patch_embed.proj.weight"] = inflated(patches, self.patch_embed.kernel_size, inflation)
+        own = ("head.", "norm_f.") if masked else ("head.", "temporal_pos_embedding")
+        self.load_official({name: t for name, t in self.state_dict().items() if name.startswith(own)} | tensors)
 
     def translate(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights for clips of another size or length, or of a classifier where this has no head."""
         tensors = {name.removeprefix("backbone.").removeprefix("encoder."): t for name, t in tensors.items()}
         if "temporal_pos_embedding" not in tensors:
-            raise ValueError("temporal_pos_embedding is missing: weights of an image model go to load_image_weights")
+            raise ValueError("temporal_pos_embedding is missing: weights of an image model go to load_pretrained")
         if self.num_classes == 0:
             tensors = {name: tensor for name, tensor in tensors.items() if not name.startswith("head.")}
         frames, *grid = self.patch_embed.grid_size

@@ -73,7 +73,7 @@ def test_official_weights_load_strictly(tmp_path):
     assert torch.equal(model(x), source(x))
     with pytest.raises(ValueError, match=r"missing cls_token"):
         model.load_official({n: t for n, t in source.state_dict().items() if n != "cls_token"})
-    with pytest.raises(ValueError, match=r"temporal_pos_embedding is missing: .* load_image_weights"):
+    with pytest.raises(ValueError, match=r"temporal_pos_embedding is missing: .* load_pretrained"):
         model.load_official(image().state_dict())
     headless = small(num_classes=0)
     headless.load_official(source.state_dict())
@@ -163,7 +163,7 @@ def test_the_orders_differ_and_a_single_frame_has_but_one():
 def test_image_weights_start_a_model_of_clips(inflation, frames):
     source, model = image(), small(kernel_size=frames, num_frames=4 * frames)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    model.load_image_weights(source.state_dict(), inflation=inflation)
+    model.load_pretrained(source.state_dict(), inflation=inflation)
     for name, tensor in model.state_dict().items():
         if name.startswith(("head.", "temporal_pos_embedding")):
             assert torch.equal(tensor, before[name])
@@ -179,6 +179,40 @@ def test_image_weights_start_a_model_of_clips(inflation, frames):
         moving = still.clone()
         moving[:, :, 0] += 1
         assert torch.allclose(model.patch_embed(moving)[:, 0], tokens, atol=1e-6) == (inflation == "center")
+
+
+def test_masked_pretraining_starts_a_model_of_longer_clips():
+    source, model = small(), small(num_frames=6)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = {n: t for n, t in source.state_dict().items() if not n.startswith(("head.", "norm_f."))}
+    state |= {"norm.weight": torch.randn(8), "clip_decoder.0.head.weight": torch.randn(4, 8)}
+    model.load_pretrained({"model": state})
+    assert torch.equal(model.layers[3].mixer.D_b, source.layers[3].mixer.D_b)
+    temporal = F.interpolate(source.temporal_pos_embedding.mT, size=6, mode="linear").mT
+    assert torch.equal(model.temporal_pos_embedding, temporal)
+    assert torch.equal(model.norm_f.weight, before["norm_f.weight"])
+    assert torch.equal(model.head.weight, before["head.weight"])
+    with pytest.raises(ValueError, match=r"missing layers\.0\.norm\.weight"):
+        model.load_pretrained({n: t for n, t in state.items() if n != "layers.0.norm.weight"})
+
+
+def test_frames_are_told_apart_by_their_positions_where_nothing_is_scanned():
+    class Mean(torch.nn.Module):
+        def forward(self, u, **walk):
+            return u.mean(1, keepdim=True).expand_as(u)
+
+    model, x = small().double(), torch.randn(1, 3, 4, 12, 12).double()
+    for block in model.layers:
+        block.mixer = Mean()
+    assert not torch.allclose(model(x), model(x[:, :, [2, 0, 3, 1]]))
+    torch.nn.init.zeros_(model.temporal_pos_embedding)
+    torch.testing.assert_close(model(x), model(x[:, :, [2, 0, 3, 1]]))
+
+
+def test_a_clip_is_one_sequence():
+    for grid, length in (((8, 14, 14), 1569), ((16, 14, 14), 3137), ((64, 24, 24), 36_865)):
+        walks = small(depth=1).walks(grid)
+        assert [len(path) for path in (*walks[0]["path"], *walks[0]["path_b"])] == [length, length]
 
 
 def test_the_image_model_averages_nothing():
@@ -269,4 +303,4 @@ def test_bad_calls():
     with pytest.raises(TypeError, match=r"x must be floating point, got torch\.uint8"):
         small()(torch.zeros(1, 3, 4, 12, 12, dtype=torch.uint8))
     with pytest.raises(ValueError, match="inflation must be 'center' or 'mean', got 'centre'"):
-        small().load_image_weights({}, inflation="centre")
+        small().load_pretrained({}, inflation="centre")

@@ -95,7 +95,7 @@ def test_weight_decay_spares_flagged_and_named_parameters():
     assert create_model("test_two").no_weight_decay() == {"scale", "first.bias"}
 
 
-@pytest.mark.parametrize("wrapper", [None, "model", "state_dict", "model_ema"])
+@pytest.mark.parametrize("wrapper", [None, "model", "module", "state_dict", "model_ema"])
 @pytest.mark.parametrize("prefix", ["", "module.", "module._orig_mod."])
 def test_official_weights_load_from_a_file(tmp_path, wrapper, prefix):
     source = create_model("test_two")
