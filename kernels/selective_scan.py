@@ -28,6 +28,7 @@ from .selective_scan_walk import (
     channels_of,
     launch_of,
     load_constant,
+    load_dt_weight,
     load_dy_and_z,
     load_token,
     load_vector,
@@ -86,8 +87,8 @@ def add_before(value_D, before_ptr, row, d, mask_D, dim):
 @triton.jit(do_not_specialize=["seqlen", "sizes"])
 def selective_scan_fwd_kernel(
     tokens, walk, A_ptr, D_ptr, dt_bias_ptr, initial_state_ptr, states_ptr, y_ptr, before_ptr, final_state_ptr,
-    checkpoints_ptr, seqlen, y_row, sizes, dstate: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-    TOKENS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    checkpoints_ptr, seqlen, y_row, sizes, dstate: tl.constexpr, rank: tl.constexpr, SOFTPLUS: tl.constexpr,
+    REVERSE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The output pass over one split for BLOCK_D channels.
 
@@ -107,6 +108,7 @@ def selective_scan_fwd_kernel(
     C_const = load_constant(tokens.C, tokens.C_row, at_ND, in_ND, ACC)
     D_D = load_vector(D_ptr, d, in_d, BLOCK_D, ACC)
     dt_bias_D = load_vector(dt_bias_ptr, d, in_d, BLOCK_D, ACC)
+    dt_weight_RD = load_dt_weight(tokens, d, in_d, sizes.dim, rank, BLOCK_R)
     h_ND = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     if states_ptr is not None:
         h_ND = tl.load(states_ptr + part * sizes.dim * dstate + at_ND, mask=in_ND, other=0.0)
@@ -121,7 +123,9 @@ def selective_scan_fwd_kernel(
             # The loads of several tokens are on their way together; then the states follow one after the other.
             loaded = ()
             for i in tl.static_range(TOKENS):
-                token = load_token(tokens, walk, first, length, p + i, p + i < end, d, in_d, REVERSE)
+                token = load_token(
+                    tokens, walk, first, length, p + i, p + i < end, d, in_d, dt_weight_RD, rank, sizes.dim, REVERSE
+                )
                 row, mask_D, z_D = token[0], token[3], token[4]
                 if tokens.z is not None:
                     z_D = tl.load(tokens.z + row * tokens.z_row + d, mask=mask_D, other=0.0)
@@ -148,7 +152,8 @@ def selective_scan_fwd_kernel(
 @triton.jit(do_not_specialize=["seqlen", "sizes"])
 def selective_scan_local_kernel(
     tokens, walk, dy_ptr, A_ptr, dt_bias_ptr, states_ptr, dt_sum_ptr, seqlen, dy_row, sizes, dstate: tl.constexpr,
-    SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    rank: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_D: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The local pass: the state at the end of each split if none enters it.
 
@@ -169,6 +174,7 @@ def selective_scan_local_kernel(
     A_ND = tl.load(A_ptr + at_ND, mask=in_ND, other=0.0) * LOG2E
     constant_ND = load_constant(weights, weights_row, at_ND, in_ND, ACC)
     dt_bias_D = load_vector(dt_bias_ptr, d, in_d, BLOCK_D, ACC)
+    dt_weight_RD = load_dt_weight(tokens, d, in_d, sizes.dim, rank, BLOCK_R)
     dt_sum_D = tl.zeros((BLOCK_D,), ACC)
     h_ND = tl.zeros((BLOCK_N, BLOCK_D), ACC)
 
@@ -178,7 +184,9 @@ def selective_scan_local_kernel(
         loaded = ()
         for i in tl.static_range(TOKENS):
             p = end - 1 - done - i if BACKWARD else begin + done + i
-            token = load_token(tokens, walk, first, length, p, done + i < count, d, in_d, REVERSE)
+            token = load_token(
+                tokens, walk, first, length, p, done + i < count, d, in_d, dt_weight_RD, rank, sizes.dim, REVERSE
+            )
             row, mask_D, u_D, z_D = token[0], token[3], token[4], token[4]
             if BACKWARD:
                 u_D, z_D = load_dy_and_z(dy_ptr, dy_row, tokens, row, d, mask_D)
@@ -240,8 +248,8 @@ def selective_scan_carry_kernel(
 @triton.jit(do_not_specialize=["seqlen", "sizes"])
 def selective_scan_bwd_kernel(
     tokens, walk, grads, dy_ptr, dfinal_state_ptr, A_ptr, D_ptr, dt_bias_ptr, checkpoints_ptr, states_ptr, scratch_ptr,
-    seqlen, dy_row, sizes, dstate: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
-    TOKENS: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+    seqlen, dy_row, sizes, dstate: tl.constexpr, rank: tl.constexpr, SOFTPLUS: tl.constexpr, REVERSE: tl.constexpr,
+    TOKENS: tl.constexpr, STEP: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """The mirror image of the output pass: walks one split from its end to its start, chunk by chunk.
 
@@ -266,6 +274,7 @@ def selective_scan_bwd_kernel(
     C_const = load_constant(tokens.C, tokens.C_row, at_ND, in_ND, ACC)
     D_D = load_vector(D_ptr, d, in_d, BLOCK_D, ACC)
     dt_bias_D = load_vector(dt_bias_ptr, d, in_d, BLOCK_D, ACC)
+    dt_weight_RD = load_dt_weight(tokens, d, in_d, sizes.dim, rank, BLOCK_R)
     dA_ND = tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dB_const, dC_const = tl.zeros((BLOCK_N, BLOCK_D), ACC), tl.zeros((BLOCK_N, BLOCK_D), ACC)
     dD_D, ddt_bias_D = tl.zeros((BLOCK_D,), ACC), tl.zeros((BLOCK_D,), ACC)
@@ -289,7 +298,22 @@ def selective_scan_bwd_kernel(
             for p in range(chunk + step * STEP, step_end, TOKENS):
                 loaded = ()
                 for i in tl.static_range(TOKENS):
-                    loaded += (load_token(tokens, walk, first, length, p + i, p + i < end, d, in_d, REVERSE),)
+                    loaded += (
+                        load_token(
+                            tokens,
+                            walk,
+                            first,
+                            length,
+                            p + i,
+                            p + i < end,
+                            d,
+                            in_d,
+                            dt_weight_RD,
+                            rank,
+                            sizes.dim,
+                            REVERSE,
+                        ),
+                    )
                 for i in tl.static_range(TOKENS):
                     row, live, restart, _mask_D, x_D, dt_D = loaded[i]
                     dt_D = step_size(dt_D, dt_bias_D, live, SOFTPLUS)
@@ -306,7 +330,9 @@ def selective_scan_bwd_kernel(
                 before_ptr = scratch_ptr + (home * SLOTS + SLOTS - STEP + i) * sizes.dim * dstate
                 tl.store(before_ptr + at_ND, h_ND, mask=in_ND)
                 p = step_begin + i
-                token = load_token(tokens, walk, first, length, p, p < end, d, in_d, REVERSE)
+                token = load_token(
+                    tokens, walk, first, length, p, p < end, d, in_d, dt_weight_RD, rank, sizes.dim, REVERSE
+                )
                 row, live, restart, _mask_D, x_D, dt_D = token
                 dt_D = step_size(dt_D, dt_bias_D, live, SOFTPLUS)
                 B_ND = load_weights(B_const, tokens.B, tokens.B_row, row, at_B, in_n & live, ACC)
@@ -322,7 +348,9 @@ def selective_scan_bwd_kernel(
                 dy_D, z_D = dy_ahead_D.to(ACC), z_ahead_D.to(ACC)
                 row, live, restart = visit(walk, first, length, p - 1, i > 0, REVERSE)
                 dy_ahead_D, z_ahead_D = load_dy_and_z(dy_ptr, dy_row, tokens, row, d, in_d & live)
-                token = load_token(tokens, walk, first, length, p, p < end, d, in_d, REVERSE)
+                token = load_token(
+                    tokens, walk, first, length, p, p < end, d, in_d, dt_weight_RD, rank, sizes.dim, REVERSE
+                )
                 row, live, restart, _mask_D, x_D, dt_D = token
                 B_ND = load_weights(B_const, tokens.B, tokens.B_row, row, at_B, in_n & live, ACC)
                 C_ND = load_weights(C_const, tokens.C, tokens.C_row, row, at_C, in_n & live, ACC)

@@ -15,6 +15,7 @@ from .launch import interpreted, multiprocessors, row_stride, warp_size
 from .math import softplus
 
 CHECKPOINT_EVERY = tl.constexpr(64)  # tokens
+HELD_RANK = tl.constexpr(16)  # of dt_weight, kept in registers
 RESTART, PAD = tl.constexpr(1), tl.constexpr(2)  # bits of `flags`
 
 
@@ -22,10 +23,11 @@ class Tokens(NamedTuple):
     """Inputs per token: tensors, row strides in elements. A B or C without a row stride is constant: (dim, dstate)."""
 
     x: Any  # (batch, seqlen, dim)
-    dt: Any  # (batch, seqlen, dim)
+    dt: Any  # (batch, seqlen, dim), or with dt_weight (batch, seqlen, rank)
     z: Any  # (batch, seqlen, dim) or None
     B: Any  # (batch, seqlen, groups of B, dstate)
     C: Any  # (batch, seqlen, groups of C, dstate)
+    dt_weight: Any  # (rank, dim), dense, or None
     x_row: Any
     dt_row: Any
     z_row: Any
@@ -101,12 +103,49 @@ def visit(walk, first, length, p, inside, REVERSE: tl.constexpr):
 
 
 @triton.jit
-def load_token(tokens, walk, first, length, p, inside, d, in_d, REVERSE: tl.constexpr):
-    """What `visit` says of position p, and x and dt of its token as they lie in memory; zeros where none counts."""
+def load_token(
+    tokens, walk, first, length, p, inside, d, in_d, dt_weight_RD, rank: tl.constexpr, dim, REVERSE: tl.constexpr
+):
+    """What `visit` says of position p, and x and dt of its token as they lie in memory; zeros where none counts.
+
+    With a rank, dt is expanded from its low-rank form.
+    """
     row, live, restart = visit(walk, first, length, p, inside, REVERSE)
     mask_D = in_d & live
     x_D = tl.load(tokens.x + row * tokens.x_row + d, mask=mask_D, other=0.0)
-    return row, live, restart, mask_D, x_D, tl.load(tokens.dt + row * tokens.dt_row + d, mask=mask_D, other=0.0)
+    if rank == 0:
+        return row, live, restart, mask_D, x_D, tl.load(tokens.dt + row * tokens.dt_row + d, mask=mask_D, other=0.0)
+    else:
+        return row, live, restart, mask_D, x_D, expand(tokens, row, live, d, in_d, dt_weight_RD, rank, dim)
+
+
+@triton.jit
+def expand(tokens, row, live, d, in_d, dt_weight_RD, rank: tl.constexpr, dim):
+    """dt of one token from its low-rank form."""
+    if rank <= HELD_RANK:
+        r = tl.arange(0, dt_weight_RD.shape[0])
+        low_R = tl.load(tokens.dt + row * tokens.dt_row + r, mask=(r < rank) & live, other=0.0)
+        return tl.sum(dt_weight_RD * low_R.to(dt_weight_RD.dtype)[:, None], axis=0)
+    else:
+        dt_D = tl.zeros(d.shape, tokens.dt_weight.dtype.element_ty)
+        for first_r in range(0, rank, HELD_RANK):
+            r = first_r + tl.arange(0, HELD_RANK)
+            low_R = tl.load(tokens.dt + row * tokens.dt_row + r, mask=(r < rank) & live, other=0.0)
+            mask_RD = (r < rank)[:, None] & in_d[None, :]
+            weight_RD = tl.load(tokens.dt_weight + r[:, None] * dim + d[None, :], mask=mask_RD, other=0.0)
+            dt_D += tl.sum(weight_RD * low_R.to(dt_D.dtype)[:, None], axis=0)
+        return dt_D
+
+
+@triton.jit
+def load_dt_weight(tokens, d, in_d, dim, rank: tl.constexpr, BLOCK_R: tl.constexpr):
+    """What expands dt, (R, D); for no rank, and for one that registers cannot hold, a mask that nobody reads."""
+    if rank == 0 or rank > HELD_RANK:
+        return in_d
+    else:
+        r = tl.arange(0, BLOCK_R)
+        mask_RD = (r < rank)[:, None] & in_d[None, :]
+        return tl.load(tokens.dt_weight + r[:, None] * dim + d[None, :], mask=mask_RD, other=0.0)
 
 
 @triton.jit
@@ -202,6 +241,7 @@ class Launch(NamedTuple):
 def launch_of(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, z: Tensor | None, order: Tensor | None,
     flags: Tensor | None, cu_seqlens: Tensor | None, dt_softplus: bool, reverse: bool, plan: Plan | None,
+    dt_weight: Tensor | None = None,
 ) -> Launch:  # fmt: skip
     """Row strides, sizes and options from the tensors of a call."""
     (batch, seqlen, dim), dstate = x.shape, A.shape[1]
@@ -210,19 +250,21 @@ def launch_of(
     run = max(1, math.gcd(B_share, C_share))
     plan = plan or plan_of(x, A, run, nseq, cu_seqlens is not None)
     rows = [None if t is None or t.ndim == 2 else row_stride(t) for t in (x, dt, z, B, C)]
+    rank = 0 if dt_weight is None else dt_weight.shape[0]
     every = CHECKPOINT_EVERY.value
     span = max(1, triton.cdiv(triton.cdiv(seqlen, plan.nsplits), every)) * every
     blocks_per_run = triton.cdiv(run, plan.block_d)
     return Launch(
-        tokens=Tokens(x, dt, z, B, C, *rows),
+        tokens=Tokens(x, dt, z, B, C, dt_weight, *rows),
         walk=Walk(order, flags, cu_seqlens),
         sizes=Sizes(dim, batch * seqlen, run, blocks_per_run, plan.nsplits, span, B_share, C_share),
         nparts=nseq * plan.nsplits,
         step=plan.step,
         grid=(nseq * plan.nsplits * (dim // run) * blocks_per_run,),
         options={
-            "dstate": dstate, "SOFTPLUS": dt_softplus, "REVERSE": reverse, "TOKENS": plan.tokens,
+            "dstate": dstate, "rank": rank, "SOFTPLUS": dt_softplus, "REVERSE": reverse, "TOKENS": plan.tokens,
             "BLOCK_D": plan.block_d, "BLOCK_N": triton.next_power_of_2(max(1, dstate)),
+            "BLOCK_R": triton.next_power_of_2(max(1, rank)),
             # One stage: software pipelining of these loops has given wrong numbers on Blackwell with Triton 3.5 to 3.7.
             "num_warps": plan.num_warps, "num_stages": 1,
         },

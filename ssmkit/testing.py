@@ -156,13 +156,17 @@ def cross_selective_scan_inputs(
     *,
     paths: tuple[ScanPath, ...] | None = None,
     ngroups: int = 1,
+    rank: int = 0,
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
     optional: tuple[str, ...] = ("D", "z", "dt_bias"),
     requires_grad: bool = True,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Keyword inputs of `cross_selective_scan` over an image, drawn on the CPU from `seed`; without paths, VMamba's."""
+    """Keyword inputs of `cross_selective_scan` over an image, drawn on the CPU from `seed`; without paths, VMamba's.
+
+    With a rank, dt comes in its low-rank form, with the `dt_weight` that expands it to about the same sizes.
+    """
     paths = cross(height, width) if paths is None else paths
     scans = [
         selective_scan_inputs(batch, height * width, dim, dstate, ngroups=ngroups, dtype=dtype, seed=seed + k)
@@ -171,6 +175,11 @@ def cross_selective_scan_inputs(
     per_path = {name: torch.stack([scan[name].detach() for scan in scans], dim=2) for name in ("dt", "B", "C")}
     per_path |= {name: torch.stack([scan[name].detach() for scan in scans]) for name in ("A", "D", "dt_bias")}
     drawn = {"x": scans[0]["x"].detach(), "z": scans[0]["z"].detach()} | per_path
+    if rank:
+        made = torch.Generator().manual_seed(seed)
+        drawn["dt"] = torch.randn(batch, height * width, len(paths), rank, generator=made).to(dtype)
+        drawn["dt_weight"] = torch.randn(len(paths), dim, rank, generator=made).to(drawn["A"].dtype) / rank**0.5
+        optional = (*optional, "dt_weight")
     kept = {k: drawn[k].to(device) for k in ("x", "dt", "A", "B", "C", *optional)}
     return {**{k: v.requires_grad_(requires_grad) for k, v in kept.items()}, "paths": paths, "dt_softplus": True}
 

@@ -17,21 +17,21 @@ using Tables = std::vector<std::tuple<std::uintptr_t, std::uintptr_t, bool>>;
 
 // In the order in which ssmkit/native/cross_selective_scan.py lists them.
 std::vector<ssmkit::ScanPathTables> set_inputs(ssmkit::CrossSelectiveScanParams& p, const Sizes<4>& modes,
-                                               const Sizes<7>& sizes, const Addresses<8>& inputs,
+                                               const Sizes<8>& sizes, const Addresses<9>& inputs,
                                                const Sizes<8>& strides, const Tables& tables) {
   using ssmkit::pointer;
   const auto [dtype, dt_softplus, merged, threads] = modes;
   p.dtype = static_cast<ssmkit::DType>(dtype);
   p.dt_softplus = dt_softplus != 0, p.merged = merged != 0, p.threads = static_cast<int>(threads);
 
-  const auto [batch, seqlen, dim, dstate, npaths, B_groups, C_groups] = sizes;
+  const auto [batch, seqlen, dim, dstate, npaths, B_groups, C_groups, dt_rank] = sizes;
   p.batch = batch, p.seqlen = seqlen, p.dim = dim, p.dstate = dstate;
-  p.npaths = npaths, p.B_groups = B_groups, p.C_groups = C_groups;
+  p.npaths = npaths, p.B_groups = B_groups, p.C_groups = C_groups, p.dt_rank = dt_rank;
 
-  const auto [x, dt, A, B, C, D, z, dt_bias] = inputs;
+  const auto [x, dt, A, B, C, D, z, dt_bias, dt_weight] = inputs;
   p.x = pointer<void>(x), p.dt = pointer<void>(dt), p.z = pointer<void>(z);
   p.A = pointer<void>(A), p.B = pointer<void>(B), p.C = pointer<void>(C);
-  p.D = pointer<void>(D), p.dt_bias = pointer<void>(dt_bias);
+  p.D = pointer<void>(D), p.dt_bias = pointer<void>(dt_bias), p.dt_weight = pointer<void>(dt_weight);
 
   const auto [x_stride, dt_stride, z_stride, B_stride, C_stride, dt_path, B_path, C_path] = strides;
   p.x_stride = x_stride, p.dt_stride = dt_stride, p.z_stride = z_stride, p.B_stride = B_stride, p.C_stride = C_stride;
@@ -44,7 +44,7 @@ std::vector<ssmkit::ScanPathTables> set_inputs(ssmkit::CrossSelectiveScanParams&
   return paths;
 }
 
-void forward(const Sizes<4>& modes, const Sizes<7>& sizes, const Addresses<8>& inputs, const Sizes<8>& strides,
+void forward(const Sizes<4>& modes, const Sizes<8>& sizes, const Addresses<9>& inputs, const Sizes<8>& strides,
              const Tables& tables, const Addresses<2>& outputs) {
   ssmkit::CrossSelectiveScanForward p;
   const auto paths = set_inputs(p, modes, sizes, inputs, strides, tables);
@@ -53,19 +53,19 @@ void forward(const Sizes<4>& modes, const Sizes<7>& sizes, const Addresses<8>& i
   SSMKIT_CPU(cross_selective_scan_forward)(p);
 }
 
-void backward(const Sizes<4>& modes, const Sizes<7>& sizes, const Addresses<8>& inputs, const Sizes<8>& strides,
+void backward(const Sizes<4>& modes, const Sizes<8>& sizes, const Addresses<9>& inputs, const Sizes<8>& strides,
               const Tables& tables, const Addresses<2>& cotangents, const Sizes<2>& dy_strides,
-              const Addresses<8>& gradients) {
+              const Addresses<9>& gradients) {
   ssmkit::CrossSelectiveScanBackward p;
   const auto paths = set_inputs(p, modes, sizes, inputs, strides, tables);
   using ssmkit::pointer;
   const auto [checkpoints, dy] = cotangents;
   p.checkpoints = pointer<void>(checkpoints), p.dy = pointer<void>(dy);
   p.dy_stride = dy_strides[0], p.dy_path = dy_strides[1];
-  const auto [dx, ddt, dA, dB, dC, dD, dz, ddt_bias] = gradients;
+  const auto [dx, ddt, dA, dB, dC, dD, dz, ddt_bias, ddt_weight] = gradients;
   p.dx = pointer<void>(dx), p.ddt = pointer<void>(ddt), p.dz = pointer<void>(dz);
   p.dA = pointer<void>(dA), p.dB = pointer<void>(dB), p.dC = pointer<void>(dC);
-  p.dD = pointer<void>(dD), p.ddt_bias = pointer<void>(ddt_bias);
+  p.dD = pointer<void>(dD), p.ddt_bias = pointer<void>(ddt_bias), p.ddt_weight = pointer<void>(ddt_weight);
   SSMKIT_CPU(cross_selective_scan_backward)(p);
 }
 

@@ -33,6 +33,7 @@ class Paths {
     s.x = p_.x, s.z = p_.z;
     s.dt = input(p_.dt, k * p_.dt_path), s.B = input(p_.B, k * p_.B_path), s.C = input(p_.C, k * p_.C_path);
     s.A = real(p_.A, k * p_.dim * p_.dstate), s.D = real(p_.D, k * p_.dim), s.dt_bias = real(p_.dt_bias, k * p_.dim);
+    s.dt_rank = p_.dt_rank, s.dt_weight = real(p_.dt_weight, k * p_.dim * p_.dt_rank);
     s.initial_state = nullptr, s.order = path.order, s.flags = path.flags, s.cu_seqlens = nullptr;
     s.x_stride = p_.x_stride, s.dt_stride = p_.dt_stride, s.z_stride = p_.z_stride;
     s.B_stride = p_.B_stride, s.C_stride = p_.C_stride;
@@ -82,6 +83,7 @@ void cross_selective_scan_backward(const CrossSelectiveScanBackward& p) {
   const Paths paths(p);
   const Scratch<char> dx_sum(paths.sum_size()), dz_sum(p.z ? paths.sum_size() : 0);
   const std::int64_t B_size = p.B_groups * p.dstate, C_size = p.C_groups * p.dstate;
+  const std::int64_t dt_size = p.dt_rank ? p.dt_rank : p.dim;
   for (std::int64_t k = 0; k < p.npaths; ++k) {
     SelectiveScanBackward s;
     paths.describe(s, k);
@@ -89,7 +91,8 @@ void cross_selective_scan_backward(const CrossSelectiveScanBackward& p) {
     s.dy = paths.input(p.dy, k * p.dy_path), s.dy_stride = p.dy_stride, s.dfinal_state = nullptr;
     s.dx = p.dx, s.dx_sum = paths.running(p.dx, dx_sum, k);
     s.dz = p.dz, s.dz_sum = paths.running(p.dz, dz_sum, k);
-    s.ddt = paths.input(p.ddt, k * p.dim), s.ddt_stride = p.npaths * p.dim;
+    s.ddt = paths.input(p.ddt, k * dt_size), s.ddt_stride = p.npaths * dt_size;
+    s.ddt_weight = paths.real(p.ddt_weight, k * p.dim * p.dt_rank);
     s.dB = paths.input(p.dB, k * B_size), s.dB_stride = p.npaths * B_size;
     s.dC = paths.input(p.dC, k * C_size), s.dC_stride = p.npaths * C_size;
     s.dA = paths.real(p.dA, k * p.dim * p.dstate);

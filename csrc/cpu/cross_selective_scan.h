@@ -21,15 +21,17 @@ struct CrossSelectiveScanParams {
   bool merged;  // y is the sum over the paths
   int threads;
   std::int64_t batch, seqlen, dim, dstate, npaths, B_groups, C_groups;  // groups of one path, at least 1
+  std::int64_t dt_rank = 0;  // as in selective_scan.h
 
   const void* x;   // (batch, seqlen, dim)
-  const void* dt;  // (batch, seqlen, npaths, dim)
+  const void* dt;  // (batch, seqlen, npaths, dim, or dt_rank if not 0)
   const void* z;   // (batch, seqlen, dim)
   const void* A;   // (npaths, dim, dstate)                      real
   const void* B;   // (batch, seqlen, npaths, B_groups, dstate)
   const void* C;   // (batch, seqlen, npaths, C_groups, dstate)
   const void* D;        // (npaths, dim)  real
   const void* dt_bias;  // (npaths, dim)  real
+  const void* dt_weight = nullptr;  // (npaths, dim, dt_rank)  real
   const ScanPathTables* paths;  // (npaths,)
   std::int64_t x_stride, dt_stride, z_stride, B_stride, C_stride;  // from token to token
   std::int64_t dt_path, B_path, C_path;                            // from path to path
@@ -47,6 +49,7 @@ struct CrossSelectiveScanBackward : CrossSelectiveScanParams {
   std::int64_t dy_stride, dy_path;
   void *dx, *ddt, *dz;                 // dz null where z is
   void *dA, *dB, *dC, *dD, *ddt_bias;  // dD, ddt_bias null where D, dt_bias are
+  void* ddt_weight = nullptr;          // null where dt_weight is
 };
 
 }  // namespace ssmkit

@@ -97,7 +97,7 @@ class ForwardPart {
  public:
   ForwardPart(const SelectiveScanForward& p, const Plan& plan, const Part& part)
       : p_(p), plan_(plan), part_(part), walk_(walk_of(p)), size_(p.dstate * V),
-        A_(size_ * part.blocks), B_(p.B_groups ? p.dstate * kChunk : size_ * part.blocks),
+        step_sizes_(p, plan, part), A_(size_ * part.blocks), B_(p.B_groups ? p.dstate * kChunk : size_ * part.blocks),
         C_(p.C_groups ? p.dstate * kChunk : size_ * part.blocks), vectors_(2 * V * part.blocks),
         tile_(3 * (kChunk + 1) * V) {
     for (int b = 0; b < part.blocks; ++b) {
@@ -194,6 +194,7 @@ class ForwardPart {
       if (p_.B_groups) widen(B_ + t * N, static_cast<const In*>(p_.B) + row * p_.B_stride + part_.B_group * N, N);
       if (p_.C_groups) widen(C_ + t * N, static_cast<const In*>(p_.C) + row * p_.C_stride + part_.C_group * N, N);
     }
+    step_sizes_.fill_chunk(chunk_);
   }
 
   // Rows lie too far apart for the hardware to see a pattern, so the lines that the next block will touch (after the
@@ -208,10 +209,10 @@ class ForwardPart {
     for (int t = 0; t < chunk_.count; ++t) {
       const std::int64_t row = chunk_.row[t];
       __builtin_prefetch(x + next_row[t] * p_.x_stride + next_channel, 0, 2);
-      __builtin_prefetch(dt_in + next_row[t] * p_.dt_stride + next_channel, 0, 2);
+      if (!p_.dt_rank) __builtin_prefetch(dt_in + next_row[t] * p_.dt_stride + next_channel, 0, 2);
       __builtin_prefetch(out + next_row[t] * p_.y_stride + next_channel, 1, 2);
       if (z) __builtin_prefetch(z + next_row[t] * p_.z_stride + next_channel, 0, 2);
-      Vec<T> dt_t = load_lanes(dt_in + row * p_.dt_stride + channel, lanes) + bias_b;
+      Vec<T> dt_t = step_sizes_.at(b, t, row, channel, lanes) + bias_b;
       if (p_.dt_softplus) dt_t = softplus(dt_t);
       const Vec<T> x_t = load_lanes(x + row * p_.x_stride + channel, lanes);
       store(dt() + t * V, dt_t * log2e);
@@ -258,6 +259,7 @@ class ForwardPart {
   const Part& part_;
   Walk walk_;
   std::int64_t size_;                // of one block's states
+  StepSizes<In> step_sizes_;
   Scratch<T> A_, B_, C_, vectors_;   // A; B, C of the chunk [token][state], or constant [block][state][lane]
   Scratch<T> tile_;                  // dt log2(e), dt x, y: [token][lane]
   Chunk chunk_;

@@ -19,6 +19,7 @@ struct SelectiveScanParams {
   int threads;
   std::int64_t batch, seqlen, dim, dstate, nseq;
   std::int64_t B_groups, C_groups;  // 0: constant (dim, dstate)
+  std::int64_t dt_rank = 0;  // not 0: dt comes as (batch, seqlen, dt_rank), which dt_weight expands; states real
 
   const void* x;    // (batch, seqlen, dim)
   const void* dt;   // (batch, seqlen, dim)
@@ -28,6 +29,7 @@ struct SelectiveScanParams {
   const void* C;    // (batch, seqlen, C_groups, dstate)  or (dim, dstate), state
   const void* D;        // (dim,)                         real
   const void* dt_bias;  // (dim,)                         real
+  const void* dt_weight = nullptr;  // (dim, dt_rank)     real
   const void* initial_state;       // (nseq, dim, dstate) state
   const std::int32_t* order;       // (seqlen,)
   const std::uint8_t* flags;       // (batch, seqlen)     bit 0 restart, bit 1 pad
@@ -59,6 +61,7 @@ struct SelectiveScanBackward : SelectiveScanParams {
   RunningSum dx_sum, dz_sum;
   void *dx, *ddt, *dz;                    // dz null where z is
   void *dA, *dB, *dC, *dD, *ddt_bias;     // dD, ddt_bias null where D, dt_bias are
+  void* ddt_weight = nullptr;             // null where dt_weight is
   void* dinitial_state;                   // null where initial_state is
 };
 

@@ -9,125 +9,13 @@
 // stored apart and added in order at the end: the result depends on sizes, not on which thread came first.
 #include "cpu/selective_scan.h"
 
+#include "cpu/selective_scan_adjoint.h"
 #include "cpu/selective_scan_complex.h"
 #include "cpu/selective_scan_plan.h"
 #include "cpu/selective_scan_sums.h"
 
 namespace ssmkit::SSMKIT_CAPABILITY {
 namespace {
-
-constexpr int kPitch = kChunk + 1;  // tokens; one line more than a power of two, lest the buffers share cache sets
-
-// The state-independent numbers of one chunk of one block, [token][lane].
-template <typename T>
-struct Tile {
-  const T *dt, *dtx, *dy;  // dt log2(e), dt x, dy (through the gate)
-  T *gB, *qA, *y;          // sum_n g B, sum_n q A, sum_n C h (only with a gate)
-};
-
-// Per-state sums of one block; B and C of the chunk as [state][token], or constant as [state][lane].
-template <typename T>
-struct StateSums {
-  const T *A, *B, *C, *checkpoint;
-  T *g, *dA;
-  T *dB, *dC;  // per token [state][token][lane], constant [state][lane]
-};
-
-template <typename T, int kStates, bool kLaneB, bool kLaneC, bool kGated, bool kFirst>
-void adjoint_states(const Chunk& chunk, const Tile<T>& tile, const StateSums<T>& s, T* decay, T* states) {
-  constexpr int V = Vec<T>::size;
-  constexpr int kStride = kPitch * V;
-  const Vec<T> zero(T(0));
-  Vec<T> h[kStates], A[kStates];
-#pragma GCC unroll 4
-  for (int n = 0; n < kStates; ++n) {
-    A[n] = load(s.A + n * V);
-    h[n] = load(s.checkpoint + n * V);
-    store(states + n * kStride, h[n]);
-  }
-  const auto B_at = [&](int n, int t) { return kLaneB ? load(s.B + n * V) : Vec<T>(s.B[n * kChunk + t]); };
-  const auto C_at = [&](int n, int t) { return kLaneC ? load(s.C + n * V) : Vec<T>(s.C[n * kChunk + t]); };
-
-  for (int r = 0; r < chunk.nruns; ++r) {
-    const Run run = chunk.run[r];
-    if (run.restart)
-      for (int n = 0; n < kStates; ++n) h[n] = zero;
-    for (int t = run.begin; t < run.end; ++t) {
-      const Vec<T> dt = load(tile.dt + t * V), dtx = load(tile.dtx + t * V);
-      Vec<T> y;
-      if constexpr (kGated) y = load(tile.y + t * V);
-#pragma GCC unroll 4
-      for (int n = 0; n < kStates; ++n) {
-        const Vec<T> a = exp2(A[n] * dt);
-        h[n] = fma(a, h[n], dtx * B_at(n, t));
-        store(decay + n * kStride + t * V, a);
-        store(states + n * kStride + (t + 1) * V, h[n]);
-        if constexpr (kGated) y = fma(C_at(n, t), h[n], y);
-      }
-      if constexpr (kGated) store(tile.y + t * V, y);
-    }
-  }
-
-  Vec<T> g[kStates], dA[kStates], dB[kStates], dC[kStates];
-#pragma GCC unroll 4
-  for (int n = 0; n < kStates; ++n) {
-    g[n] = load(s.g + n * V);
-    dA[n] = dB[n] = dC[n] = zero;
-  }
-  for (int r = chunk.nruns - 1; r >= 0; --r) {
-    const Run run = chunk.run[r];
-    for (int t = run.end - 1; t >= run.begin; --t) {
-      const Vec<T> dt = load(tile.dt + t * V), dtx = load(tile.dtx + t * V), dy = load(tile.dy + t * V);
-      Vec<T> gB = load(tile.gB + t * V), qA = load(tile.qA + t * V);
-      const bool dropped = run.restart && t == run.begin;
-#pragma GCC unroll 4
-      for (int n = 0; n < kStates; ++n) {
-        const T* state = states + n * kStride + t * V;
-        const int lanes = n * kStride + t * V;
-        const Vec<T> h_n = load(state + V), before = dropped ? zero : load(state);
-        const Vec<T> g_n = fma(C_at(n, t), dy, g[n]);
-        if constexpr (kLaneC) dC[n] = fma(dy, h_n, dC[n]);
-        else store(s.dC + lanes, kFirst ? dy * h_n : fma(dy, h_n, load(s.dC + lanes)));
-        if constexpr (kLaneB) dB[n] = fma(dtx, g_n, dB[n]);
-        else store(s.dB + lanes, kFirst ? dtx * g_n : fma(dtx, g_n, load(s.dB + lanes)));
-        gB = fma(g_n, B_at(n, t), gB);
-        g[n] = g_n * load(decay + n * kStride + t * V);
-        const Vec<T> q = g[n] * before;
-        qA = fma(q, A[n], qA);
-        dA[n] = fma(q, dt, dA[n]);
-      }
-      store(tile.gB + t * V, gB);
-      store(tile.qA + t * V, qA);
-    }
-    if (run.restart)
-      for (int n = 0; n < kStates; ++n) g[n] = zero;
-  }
-#pragma GCC unroll 4
-  for (int n = 0; n < kStates; ++n) {
-    store(s.g + n * V, g[n]);
-    store(s.dA + n * V, load(s.dA + n * V) + dA[n]);
-    if constexpr (kLaneB) store(s.dB + n * V, load(s.dB + n * V) + dB[n]);
-    if constexpr (kLaneC) store(s.dC + n * V, load(s.dC + n * V) + dC[n]);
-  }
-}
-
-// g <- a (g + C dy) over a chunk: the adjoint alone.
-template <typename T, bool kLaneC>
-void adjoint_only(const Chunk& chunk, const T* dt, const T* dy, const T* A, const T* C, T* g, std::int64_t dstate) {
-  constexpr int V = Vec<T>::size;
-  for (std::int64_t n = 0; n < dstate; ++n) {
-    const Vec<T> A_n = load(A + n * V);
-    Vec<T> g_n = load(g + n * V);
-    for (int r = chunk.nruns - 1; r >= 0; --r) {
-      for (int t = chunk.run[r].end - 1; t >= chunk.run[r].begin; --t) {
-        const Vec<T> C_n = kLaneC ? load(C + n * V) : Vec<T>(C[n * kChunk + t]);
-        g_n = exp2(A_n * load(dt + t * V)) * fma(C_n, load(dy + t * V), g_n);
-      }
-      if (chunk.run[r].restart) g_n = Vec<T>(T(0));
-    }
-    store(g + n * V, g_n);
-  }
-}
 
 template <typename In>
 class BackwardPart {
@@ -138,15 +26,17 @@ class BackwardPart {
  public:
   BackwardPart(const SelectiveScanBackward& p, const Plan& plan, std::int64_t part, const Partial<T>& partial)
       : p_(p), plan_(plan), part_(plan.part(part)), partial_(partial), walk_(walk_of(p)), size_(p.dstate * V),
-        tokens_(part * p.batch * p.seqlen * p.dstate), per_token_(p.dstate * kPitch * V),
+        rows_(part * p.batch * p.seqlen), per_token_(p.dstate * kPitch * V), step_sizes_(p, plan, part_),
         A_(size_ * part_.blocks), B_(p.B_groups ? p.dstate * kChunk : size_ * part_.blocks),
         C_(p.C_groups ? p.dstate * kChunk : size_ * part_.blocks), row_(p.dstate),
         dA_(size_ * part_.blocks), dB_(p.B_groups ? per_token_ : size_ * part_.blocks),
         dC_(p.C_groups ? per_token_ : size_ * part_.blocks), checkpoint_(size_), vectors_(4 * V * part_.blocks),
+        ddt_low_(p.dt_rank * kPitch * V), ddt_weight_(p.dt_rank * V * part_.blocks),
         tile_((9 + 2 * kStates) * kPitch * V) {
     fill<T>(dA_, size_ * part_.blocks, T(0));
     if (!p.B_groups) fill<T>(dB_, size_ * part_.blocks, T(0));
     if (!p.C_groups) fill<T>(dC_, size_ * part_.blocks, T(0));
+    fill<T>(ddt_weight_, p.dt_rank * V * part_.blocks, T(0));
     for (int b = 0; b < part_.blocks; ++b) {
       const auto [channel, lanes] = plan.block(part_, b);
       gather_states(A_ + b * size_, static_cast<const T*>(p.A) + channel * p.dstate, lanes, p.dstate);
@@ -197,8 +87,9 @@ class BackwardPart {
         else adjoint<false>(b, g + b * size_);
         epilogue(b, channel, lanes);
       }
-      if (p_.B_groups) sum_lanes(dB_, partial_.dB + tokens_);
-      if (p_.C_groups) sum_lanes(dC_, partial_.dC + tokens_);
+      if (p_.B_groups) sum_lanes(dB_, p_.dstate, partial_.dB);
+      if (p_.C_groups) sum_lanes(dC_, p_.dstate, partial_.dC);
+      if (p_.dt_rank) sum_lanes(ddt_low_, p_.dt_rank, partial_.dt);
     }
   }
 
@@ -243,6 +134,9 @@ class BackwardPart {
         if (!p_.B_groups) store_lanes(partial_.dB + at + n * p_.dim, load(dB_ + from), lanes);
         if (!p_.C_groups) store_lanes(partial_.dC + at + n * p_.dim, load(dC_ + from), lanes);
       }
+      for (std::int64_t r = 0; r < p_.dt_rank; ++r)
+        store_lanes(partial_.weight + (c * p_.dt_rank + r) * p_.dim + channel,
+                    load(ddt_weight_ + (b * p_.dt_rank + r) * V), lanes);
       if (p_.D) store_lanes(partial_.dD + c * p_.dim + channel, load(vector(b, kDD)), lanes);
       if (p_.dt_bias) store_lanes(partial_.bias + c * p_.dim + channel, load(vector(b, kDBias)), lanes);
     }
@@ -250,7 +144,7 @@ class BackwardPart {
 
  private:
   enum Vector { kBias, kD, kDBias, kDD };
-  enum Buffer { kDt, kDtx, kDy, kX, kSlope, kDyOut, kGB, kQA, kY, kDecay, kState = kDecay + kStates };
+  enum Buffer { kDt, kDtx, kDy, kX, kSlope, kDyOut, kGB, kQA, kY, kDecay, kState = kDecay + kStates, kDdt = kSlope };
   T* vector(int b, Vector which) const { return vectors_ + (4 * b + which) * V; }
   T* tile(int which) const { return tile_ + which * kPitch * V; }
 
@@ -258,6 +152,7 @@ class BackwardPart {
     chunk_.fill(walk_, sequence, k);
     if (p_.B_groups) transpose(B_, static_cast<const In*>(p_.B) + part_.B_group * p_.dstate, p_.B_stride);
     if (p_.C_groups) transpose(C_, static_cast<const In*>(p_.C) + part_.C_group * p_.dstate, p_.C_stride);
+    step_sizes_.fill_chunk(chunk_);
   }
 
   void transpose(T* to, const In* from, std::int64_t stride) {
@@ -270,12 +165,11 @@ class BackwardPart {
   void prologue(int b, std::int64_t channel, int lanes) {
     const Vec<T> bias = load(vector(b, kBias)), D = load(vector(b, kD)), zero(T(0)), one(T(1)), log2e(kLog2e<T>);
     const In* x_in = static_cast<const In*>(p_.x) + channel;
-    const In* dt_in = static_cast<const In*>(p_.dt) + channel;
     const In* dy_in = static_cast<const In*>(p_.dy) + channel;
     const In* z_in = static_cast<const In*>(p_.z) + channel;
     for (int t = 0; t < chunk_.count; ++t) {
       const std::int64_t row = chunk_.row[t];
-      const Vec<T> raw = load_lanes(dt_in + row * p_.dt_stride, lanes) + bias;
+      const Vec<T> raw = step_sizes_.at(b, t, row, channel, lanes) + bias;
       const Vec<T> dt = p_.dt_softplus ? softplus(raw) : raw;
       const Vec<T> x = load_lanes(x_in + row * p_.x_stride, lanes);
       Vec<T> dy = load_lanes(dy_in + row * p_.dy_stride, lanes);
@@ -298,7 +192,7 @@ class BackwardPart {
     const Vec<T> D = load(vector(b, kD)), zero(T(0)), ln2(kLn2<T>);
     const Output<In> dx_out(p_.dx, p_.dim, p_.dx_sum, p_.dim, channel, lanes);
     const Output<In> dz_out(p_.dz, p_.dim, p_.dz_sum, p_.dim, channel, lanes);
-    In* ddt_out = static_cast<In*>(p_.ddt) + channel;
+    In* ddt_out = static_cast<In*>(p_.ddt) + (p_.dt_rank ? 0 : channel);
     const In* z_in = static_cast<const In*>(p_.z) + channel;
     Vec<T> dD = zero, dbias = zero;
     for (int t = 0; t < chunk_.count; ++t) {
@@ -307,7 +201,8 @@ class BackwardPart {
       const Vec<T> gB = load(tile(kGB) + t * V), qA = load(tile(kQA) + t * V);
       const Vec<T> ddt = fma(x, gB, qA) * load(tile(kSlope) + t * V);
       dx_out.add(row, fma(dt * ln2, gB, D * dy));
-      store_lanes(ddt_out + row * p_.ddt_stride, ddt, lanes);
+      if (p_.dt_rank) store(tile(kDdt) + t * V, ddt);
+      else store_lanes(ddt_out + row * p_.ddt_stride, ddt, lanes);
       dD = fma(dy, x, dD);
       dbias += ddt;
       if (p_.z) {
@@ -317,11 +212,27 @@ class BackwardPart {
     }
     for (int i = 0; i < chunk_.npads; ++i) {
       dx_out.zero(chunk_.pad[i]);
-      zero_lanes(ddt_out + chunk_.pad[i] * p_.ddt_stride, lanes);
+      if (!p_.dt_rank) zero_lanes(ddt_out + chunk_.pad[i] * p_.ddt_stride, lanes);
       if (p_.z) dz_out.zero(chunk_.pad[i]);
     }
     store(vector(b, kDD), load(vector(b, kDD)) + dD);
     store(vector(b, kDBias), load(vector(b, kDBias)) + dbias);
+    low_rank(b);
+  }
+
+  // The gradients of both factors of dt = low dt_weight^T: that of low is added up over blocks lane by lane, as dB.
+  void low_rank(int b) {
+    for (std::int64_t r = 0; r < p_.dt_rank; ++r) {
+      const Vec<T> weight = load(step_sizes_.weight(b) + r * V);
+      T *to_weight = ddt_weight_ + (b * p_.dt_rank + r) * V, *to_low = ddt_low_ + r * kPitch * V;
+      Vec<T> dweight = load(to_weight);
+      for (int t = 0; t < chunk_.count; ++t) {
+        const Vec<T> ddt = load(tile(kDdt) + t * V);
+        dweight = fma(ddt, Vec<T>(step_sizes_.low(t)[r]), dweight);
+        store(to_low + t * V, b == 0 ? ddt * weight : fma(ddt, weight, load(to_low + t * V)));
+      }
+      store(to_weight, dweight);
+    }
   }
 
   template <bool kGated>
@@ -356,9 +267,9 @@ class BackwardPart {
       adjoint_states<T, 1, kLaneB, kLaneC, kGated, kFirst>(chunk_, buffers, s, tile(kDecay), tile(kState));
   }
 
-  // [state][token][lane] -> the rows (tokens, dstate) of a part.
-  void sum_lanes(const T* lanes, T* rows) const {
-    const std::int64_t N = p_.dstate;
+  // [number][token][lane] -> this part's rows of N numbers.
+  void sum_lanes(const T* lanes, std::int64_t N, T* parts) const {
+    T* rows = parts + rows_ * N;
     for (int t = 0; t < chunk_.count; ++t) {
       T* to = rows + chunk_.row[t] * N;
       std::int64_t n = 0;
@@ -374,9 +285,10 @@ class BackwardPart {
   const Partial<T> partial_;
   Walk walk_;
   std::int64_t size_;       // of one block's states
-  std::int64_t tokens_;     // where this part's rows begin in the partial sums per token
+  std::int64_t rows_;       // where this part's rows begin in the partial sums per token
   std::int64_t per_token_;  // of the lane-wise sums per token
-  Scratch<T> A_, B_, C_, row_, dA_, dB_, dC_, checkpoint_, vectors_, tile_;
+  StepSizes<In> step_sizes_;
+  Scratch<T> A_, B_, C_, row_, dA_, dB_, dC_, checkpoint_, vectors_, ddt_low_, ddt_weight_, tile_;
   Chunk chunk_;
 };
 
@@ -398,7 +310,8 @@ void backward(const SelectiveScanBackward& p) {
   const std::int64_t state_sums = contributions * p.dstate * p.dim;
   Scratch<T> dB(p.B_groups ? token_sums : state_sums), dC(p.C_groups ? token_sums : state_sums), dA(state_sums);
   Scratch<T> dD(contributions * p.dim), bias(contributions * p.dim);
-  const Partial<T> partial{dB, dC, dA, dD, bias};
+  Scratch<T> ddt(parts * p.batch * p.seqlen * p.dt_rank), ddt_weight(contributions * p.dt_rank * p.dim);
+  const Partial<T> partial{dB, dC, dA, dD, bias, ddt, ddt_weight};
 
   const std::int64_t units = parts * contributions, size = p.dstate * V;
   Scratch<T> local(nsegments > 1 ? units * size : 0), dt_sum(nsegments > 1 ? units * V : 0);
@@ -445,6 +358,9 @@ void backward(const SelectiveScanBackward& p) {
   add_contributions<T>(p, dA, contributions, p.dstate, p.dA);
   if (p.D) add_contributions<T>(p, dD, contributions, 1, p.dD);
   if (p.dt_bias) add_contributions<T>(p, bias, contributions, 1, p.ddt_bias);
+  if (!p.dt_rank) return;
+  add_parts<In>(p, plan, ddt, p.dt_rank, 1, &Part::dt_group, p.ddt, p.ddt_stride);
+  add_contributions<T>(p, ddt_weight, contributions, p.dt_rank, p.ddt_weight);
 }
 
 }  // namespace

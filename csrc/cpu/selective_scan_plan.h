@@ -24,6 +24,7 @@ struct Part {
   std::int64_t block;  // its first
   int blocks;
   std::int64_t B_group, C_group;
+  std::int64_t dt_group;  // all channels share the low-rank form of dt
 };
 
 // Cuts the channels into blocks and parts; no part crosses a group of B or of C.
@@ -42,7 +43,7 @@ class Plan {
       if (end > (c + 1) * C_size_) end = (c + 1) * C_size_;
       const bool joins =
           nparts_ && last().B_group == b && last().C_group == c && last().blocks < blocks_per_part;
-      if (!joins) parts_[nparts_++] = {nblocks, 0, b, c};
+      if (!joins) parts_[nparts_++] = {nblocks, 0, b, c, 0};
       ++last().blocks;
       blocks_[nblocks++] = {channel, static_cast<int>(end - channel)};
       channel = end;
@@ -142,6 +143,45 @@ template <typename In>
 SSMKIT_INLINE void zero_lanes(In* p, int lanes) {
   std::memset(static_cast<void*>(p), 0, static_cast<std::size_t>(lanes) * sizeof(In));
 }
+
+// dt of the blocks of a part as it comes, before bias and softplus: from memory, or expanded from its low-rank form.
+template <typename In>
+class StepSizes {
+  using T = acc_t<In>;
+  static constexpr int V = Vec<T>::size;
+
+ public:
+  StepSizes(const SelectiveScanParams& p, const Plan& plan, const Part& part)
+      : p_(p), weight_(p.dt_rank * V * part.blocks), low_(p.dt_rank * kChunk) {
+    for (int b = 0; p.dt_rank && b < part.blocks; ++b) {
+      const auto [channel, lanes] = plan.block(part, b);
+      gather_states(weight_ + b * p.dt_rank * V, static_cast<const T*>(p.dt_weight) + channel * p.dt_rank, lanes,
+                    p.dt_rank);
+    }
+  }
+
+  // To be called for every chunk.
+  void fill_chunk(const Chunk& chunk) {
+    for (int t = 0; p_.dt_rank && t < chunk.count; ++t)
+      widen(low_ + t * p_.dt_rank, static_cast<const In*>(p_.dt) + chunk.row[t] * p_.dt_stride, p_.dt_rank);
+  }
+
+  // Block b, whose first channel this is, at token t of the chunk, which lies at this row.
+  SSMKIT_INLINE Vec<T> at(int b, int t, std::int64_t row, std::int64_t channel, int lanes) const {
+    if (!p_.dt_rank) return load_lanes(static_cast<const In*>(p_.dt) + row * p_.dt_stride + channel, lanes);
+    Vec<T> sum(T(0));
+    const T *weight = this->weight(b), *low = this->low(t);
+    for (std::int64_t r = 0; r < p_.dt_rank; ++r) sum = fma(load(weight + r * V), Vec<T>(low[r]), sum);
+    return sum;
+  }
+
+  const T* weight(int b) const { return weight_ + b * p_.dt_rank * V; }  // [rank][lane]
+  const T* low(int t) const { return low_ + t * p_.dt_rank; }
+
+ private:
+  const SelectiveScanParams& p_;
+  Scratch<T> weight_, low_;
+};
 
 // The lanes at one channel of an output, or of the sum that it is part of.
 template <typename In>

@@ -15,6 +15,8 @@ struct Partial {
   T* dA;    // (contributions, dstate, dim)
   T* dD;    // (contributions, dim)
   T* bias;  // (contributions, dim)
+  T* dt;      // (parts, rows, dt_rank)
+  T* weight;  // (contributions, dt_rank, dim)
 };
 
 // Per-token sums of the parts that read a group: (parts, rows, width) -> (rows, groups, width), rows `stride` apart.

@@ -20,6 +20,7 @@ def forward(
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
+    dt_weight: Tensor | None,
     walks: Walks,
     dt_softplus: bool,
     merged: bool,
@@ -27,10 +28,10 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """y, and the states before every 64th position of each path (none of them unless `save`)."""
     (batch, seqlen, dim), (npaths, _, dstate) = x.shape, A.shape
-    y = torch.empty(x.shape if merged else dt.shape, dtype=x.dtype)
+    y = x.new_empty(x.shape if merged else (batch, seqlen, npaths, dim))
     checkpoints = A.new_empty(npaths, batch * -(-seqlen // CHUNK) if save else 0, dstate, dim)
     library().cross_selective_scan_forward(
-        *_described((x, dt, A, B, C, D, z, dt_bias), walks, dt_softplus, merged),
+        *_described((x, dt, A, B, C, D, z, dt_bias, dt_weight), walks, dt_softplus, merged),
         (y.data_ptr(), pointer(checkpoints if save else None)),
     )
     return y, checkpoints
@@ -46,13 +47,14 @@ def backward(
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
+    dt_weight: Tensor | None,
     walks: Walks,
     checkpoints: Tensor,
     dt_softplus: bool,
     merged: bool,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients (dx, ddt, dA, dB, dC, dD, dz, ddt_bias), None where the input is None."""
-    inputs = (x, dt, A, B, C, D, z, dt_bias)
+    """Gradients (dx, ddt, dA, dB, dC, dD, dz, ddt_bias, ddt_weight), None where the input is None."""
+    inputs = (x, dt, A, B, C, D, z, dt_bias, dt_weight)
     gradients = tuple(None if given is None else torch.empty(given.shape, dtype=given.dtype) for given in inputs)
     library().cross_selective_scan_backward(
         *_described(inputs, walks, dt_softplus, merged),
@@ -67,12 +69,12 @@ def _described(
     inputs: tuple[Tensor | None, ...], walks: Walks, dt_softplus: bool, merged: bool
 ) -> tuple[tuple[object, ...] | list[object], ...]:
     """Modes, sizes, addresses, strides and paths in the order of csrc/bindings/cross_selective_scan.cpp."""
-    x, dt, A, B, C, _, z, _ = inputs
+    x, dt, A, B, C, _, z, _, dt_weight = inputs
     assert x is not None and dt is not None and A is not None and B is not None and C is not None
     npaths, _, dstate = A.shape
     modes = (DTYPES[x.dtype], dt_softplus, merged, torch.get_num_threads())
     rows = tuple(0 if t is None else row_stride(t) for t in (x, dt, z, B, C))
     paths = tuple(t.stride(2) for t in (dt, B, C))
     tables: list[object] = [(pointer(order), pointer(flags), reverse) for order, flags, reverse in walks]
-    sizes = (*x.shape, dstate, npaths, B.shape[3], C.shape[3])
+    sizes = (*x.shape, dstate, npaths, B.shape[3], C.shape[3], 0 if dt_weight is None else dt_weight.shape[2])
     return modes, sizes, tuple(map(pointer, inputs)), (*rows, *paths), tables

@@ -48,6 +48,7 @@ def cross_selective_scan(
     D: Tensor | None = None,
     z: Tensor | None = None,
     dt_bias: Tensor | None = None,
+    dt_weight: Tensor | None = None,
     dt_softplus: bool = False,
     resets: Tensor | None = None,
     mask: Tensor | None = None,
@@ -56,6 +57,7 @@ def cross_selective_scan(
 ) -> Tensor:
     """Selective state-space scans of the same tokens along several paths, each with parameters of its own.
 
+        dt_kl <- dt_weight_k dt_kl                                  where dt_weight is given
         dt_kl <- softplus(dt_kl + dt_bias_k)                        where asked
         h_p = exp(dt_kl A_k) * h_{p-1} + dt_kl B_kl x_l             (2a) with (4); path k visits l at its position p
         y_l = (sum_k C_kl . h_p + D_k x_l) * silu(z_l)              (2b)
@@ -66,7 +68,8 @@ def cross_selective_scan(
 
     Args:
         x: Input, shared by all paths             (batch, seqlen, dim)           fp32, bf16, fp16 or fp64
-        dt: Step sizes (logits with dt_softplus)  (batch, seqlen, npaths, dim)   as x
+        dt: Step sizes (logits with dt_softplus)  (batch, seqlen, npaths, dim)   as x; with dt_weight their low-rank form,
+            (batch, seqlen, npaths, rank)
         A: Decay rates, negative                  (npaths, dim, dstate)          fp32 (fp64 with x)
         B, C: Input and output weights, (batch, seqlen, npaths, dstate) or (batch, seqlen, npaths, ngroups, dstate), as x;
             channel d reads group d // (dim // ngroups)
@@ -74,6 +77,8 @@ def cross_selective_scan(
         D: Skip weights                           (npaths, dim)                  float
         z: Gate logits                            (batch, seqlen, dim)           as x
         dt_bias: Added to dt before softplus      (npaths, dim)                  float
+        dt_weight: What expands dt from its low-rank form, in fp32 (fp64) inside the kernels: no tensor of the step sizes
+            of all paths is made. A path's ddt is, for a while, in backward on a GPU. (npaths, dim, rank)  float
         dt_softplus: Apply softplus to dt (above 20 it is the identity).
         resets: Tokens that drop the state before them, on every path            (batch, seqlen)  bool
         mask: True at real tokens; a pad leaves the states untouched, its y is 0 and it gets no gradient.
@@ -88,11 +93,11 @@ def cross_selective_scan(
         BackendError: the backend asked for cannot take the call.
     """
     paths = tuple(paths)
-    check(x, dt, A, B, C, paths, D, z, dt_bias, resets, mask, merge)
+    check(x, dt, A, B, C, paths, D, z, dt_bias, dt_weight, resets, mask, merge)
     acc = acc_dtype(x.dtype)
     A = A.to(acc)
     B, C = (weight.unsqueeze(3) if weight.ndim == 4 else weight for weight in (B, C))
-    D, dt_bias = (None if vector is None else vector.to(acc) for vector in (D, dt_bias))
+    D, dt_bias, dt_weight = (None if given is None else given.to(acc) for given in (D, dt_bias, dt_weight))
     orders = [path.order(x.device) for path in paths]
     plain = flags_of(resets, mask)
     flags = [
@@ -101,7 +106,7 @@ def cross_selective_scan(
     walks = (*_stacked(orders), *_stacked(flags), [path.reversed for path in paths])
 
     merged = merge == "sum"
-    tensors = (x, dt, A, B, C, D, z, dt_bias)
+    tensors = (x, dt, A, B, C, D, z, dt_bias, dt_weight)
     chosen = choose("cross_selective_scan", BACKENDS, backend, x)
     if chosen == "reference":
         return cross_selective_scan_ref(*tensors, resets, mask, paths, dt_softplus, merged)
@@ -131,6 +136,7 @@ def check(
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
+    dt_weight: Tensor | None,
     resets: Tensor | None,
     mask: Tensor | None,
     merge: str,
@@ -151,7 +157,15 @@ def check(
     check_ndim("A", A, "npaths, dim, dstate")
     dstate = A.shape[2]
     check_shape("A", A, (npaths, dim, dstate), "npaths, dim, dstate")
-    check_shape("dt", dt, (batch, seqlen, npaths, dim), "batch, seqlen, npaths, dim")
+    if dt_weight is None:
+        check_shape("dt", dt, (batch, seqlen, npaths, dim), "batch, seqlen, npaths, dim")
+    else:
+        check_ndim("dt_weight", dt_weight, "npaths, dim, rank")
+        rank = dt_weight.shape[2]
+        check_shape("dt_weight", dt_weight, (npaths, dim, rank), "npaths, dim, rank")
+        check_shape("dt", dt, (batch, seqlen, npaths, rank), "batch, seqlen, npaths, rank of dt_weight")
+        if rank < 1:
+            raise ValueError("dt_weight must have a rank of at least 1, got 0")
     if z is not None:
         check_shape("z", z, x.shape, "batch, seqlen, dim")
     for name, weight in (("B", B), ("C", C)):
@@ -166,12 +180,12 @@ def check(
     for name, vector in (("D", D), ("dt_bias", dt_bias)):
         if vector is not None:
             check_shape(name, vector, (npaths, dim), "npaths, dim")
-    for name, tensor in (("A", A), ("D", D), ("dt_bias", dt_bias)):
+    for name, tensor in (("A", A), ("D", D), ("dt_bias", dt_bias), ("dt_weight", dt_weight)):
         if tensor is not None:
             check_dtype(name, tensor, *parameter_dtypes(x))
     check_flag("resets", resets, batch, seqlen)
     check_flag("mask", mask, batch, seqlen)
-    check_device(x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, resets=resets, mask=mask)
+    check_device(x, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, dt_weight=dt_weight, resets=resets, mask=mask)
 
 
 def cross_selective_scan_ref(
@@ -183,6 +197,7 @@ def cross_selective_scan_ref(
     D: Tensor | None,
     z: Tensor | None,
     dt_bias: Tensor | None,
+    dt_weight: Tensor | None,
     resets: Tensor | None,
     mask: Tensor | None,
     paths: Sequence[ScanPath],
@@ -191,6 +206,8 @@ def cross_selective_scan_ref(
 ) -> Tensor:
     """One scan per path by the reference of `selective_scan`, in float64, then their sum."""
     x_BLD = x.double()
+    if dt_weight is not None:
+        dt = torch.einsum("blkr,kdr->blkd", dt.double(), dt_weight.double())
     y_BLKD = []
     for k, path in enumerate(paths):
         y, _ = selective_scan_ref(
@@ -205,21 +222,22 @@ def cross_selective_scan_ref(
 
 def _forward(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    dt_bias: Tensor | None, orders: Tensor | None, orders_at: list[int], flags: Tensor | None, flags_at: list[int],
-    reverses: list[bool], dt_softplus: bool, merged: bool, save: bool, backend: str,
+    dt_bias: Tensor | None, dt_weight: Tensor | None, orders: Tensor | None, orders_at: list[int],
+    flags: Tensor | None, flags_at: list[int], reverses: list[bool], dt_softplus: bool, merged: bool, save: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    tensors = _for_kernels(x, dt, A, B, C, D, z, dt_bias)
+    tensors = _for_kernels(x, dt, A, B, C, D, z, dt_bias, dt_weight)
     walks = _walks(orders, orders_at, flags, flags_at, reverses)
     return load(BACKENDS, backend).forward(*tensors, walks, dt_softplus, merged, save)
 
 
 def _for_kernels(*tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The layout that kernels rely on: tokens in flat rows, of each path dense, parameters dense."""
-    x, dt, A, B, C, D, z, dt_bias = tensors
+    x, dt, A, B, C, D, z, dt_bias, dt_weight = tensors
     x, z = (None if t is None else flat_rows(t) for t in (x, z))
     dt, B, C = (None if t is None else path_rows(t) for t in (dt, B, C))
-    A, D, dt_bias = (None if t is None else t.contiguous() for t in (A, D, dt_bias))
-    return x, dt, A, B, C, D, z, dt_bias
+    A, D, dt_bias, dt_weight = (None if t is None else t.contiguous() for t in (A, D, dt_bias, dt_weight))
+    return x, dt, A, B, C, D, z, dt_bias, dt_weight
 
 
 def _walks(
@@ -235,8 +253,9 @@ def _walks(
 
 def _forward_fake(
     x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    dt_bias: Tensor | None, orders: Tensor | None, orders_at: list[int], flags: Tensor | None, flags_at: list[int],
-    reverses: list[bool], dt_softplus: bool, merged: bool, save: bool, backend: str,
+    dt_bias: Tensor | None, dt_weight: Tensor | None, orders: Tensor | None, orders_at: list[int],
+    flags: Tensor | None, flags_at: list[int], reverses: list[bool], dt_softplus: bool, merged: bool, save: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     (batch, seqlen, dim), (npaths, _, dstate) = x.shape, A.shape
     slots = checkpoint_slots(batch, seqlen, batch, CHECKPOINT_EVERY, packed=False) if save else 0
@@ -257,7 +276,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
 
 def _differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
     if dy is None:
-        return (None,) * 17
+        return (None,) * 18
     *tensors, orders, flags, checkpoints = ctx.saved_tensors
     orders_at, flags_at, reverses = ctx.walks
     walks = (orders, orders_at, flags, flags_at, reverses)
@@ -267,10 +286,11 @@ def _differentiate(ctx: Any, dy: Tensor | None, _: Tensor | None) -> tuple[Any, 
 
 def _backward(
     dy: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    dt_bias: Tensor | None, orders: Tensor | None, orders_at: list[int], flags: Tensor | None, flags_at: list[int],
-    reverses: list[bool], checkpoints: Tensor, dt_softplus: bool, merged: bool, backend: str,
+    dt_bias: Tensor | None, dt_weight: Tensor | None, orders: Tensor | None, orders_at: list[int],
+    flags: Tensor | None, flags_at: list[int], reverses: list[bool], checkpoints: Tensor, dt_softplus: bool,
+    merged: bool, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    tensors = _for_kernels(x, dt, A, B, C, D, z, dt_bias)
+    tensors = _for_kernels(x, dt, A, B, C, D, z, dt_bias, dt_weight)
     walks = _walks(orders, orders_at, flags, flags_at, reverses)
     dy = flat_rows(dy) if merged else path_rows(dy)
     return present(load(BACKENDS, backend).backward(dy, *tensors, walks, checkpoints, dt_softplus, merged), x)
@@ -278,20 +298,21 @@ def _backward(
 
 def _backward_fake(
     dy: Tensor, x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None, z: Tensor | None,
-    dt_bias: Tensor | None, orders: Tensor | None, orders_at: list[int], flags: Tensor | None, flags_at: list[int],
-    reverses: list[bool], checkpoints: Tensor, dt_softplus: bool, merged: bool, backend: str,
+    dt_bias: Tensor | None, dt_weight: Tensor | None, orders: Tensor | None, orders_at: list[int],
+    flags: Tensor | None, flags_at: list[int], reverses: list[bool], checkpoints: Tensor, dt_softplus: bool,
+    merged: bool, backend: str,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    inputs = (x, dt, A, B, C, D, z, dt_bias)
+    inputs = (x, dt, A, B, C, D, z, dt_bias, dt_weight)
     return tuple(absent(x) if t is None else t.new_empty(t.shape) for t in inputs)
 
 
 _INPUTS = (
-    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? orders, "
-    "int[] orders_at, Tensor? flags, int[] flags_at, bool[] reverses"
+    "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? z, Tensor? dt_bias, Tensor? dt_weight, "
+    "Tensor? orders, int[] orders_at, Tensor? flags, int[] flags_at, bool[] reverses"
 )
 cross_selective_scan_bwd = define(
     f"cross_selective_scan_bwd(Tensor dy, {_INPUTS}, Tensor checkpoints, bool dt_softplus, bool merged, str backend) -> "
-    f"({', '.join(['Tensor'] * 8)})",
+    f"({', '.join(['Tensor'] * 9)})",
     _backward,
     _backward_fake,
 )

@@ -175,6 +175,92 @@ const testing::Case kOptions("options, pads and restarts, groups", [] {
   Call(2, 20, 9, 4, 3, o).run();
 });
 
+constexpr DType f64 = DType::float64;
+
+// Low-rank step sizes against the same call with the step sizes they expand to, in float64.
+void low_rank(std::int64_t batch, std::int64_t seqlen, std::int64_t dim, std::int64_t dstate, std::int64_t npaths,
+              std::int64_t rank, const std::vector<std::uint8_t>& flags, int threads) {
+  const std::int64_t rows = batch * seqlen, slots = batch * ((seqlen + 63) / 64);
+  Tensor x(f64, rows, dim), dy(f64, rows, dim), B(f64, rows, npaths * dstate), C(f64, rows, npaths * dstate);
+  Tensor low(f64, rows, npaths * rank, npaths * rank + 3), weight(f64, npaths * dim, rank), A(f64, npaths * dim, dstate);
+  for (Tensor* tensor : {&x, &dy, &B, &C, &low, &weight}) tensor->random(1.0);
+  A.random(0.5, -0.6);
+  Tensor full(f64, rows, npaths * dim);
+  const std::vector<double> lows = low.values(), weights = weight.values();
+  std::vector<double> products(rows * npaths * dim);
+  for (std::int64_t row = 0; row < rows; ++row)
+    for (std::int64_t c = 0; c < npaths * dim; ++c)
+      for (std::int64_t r = 0; r < rank; ++r)
+        products[row * npaths * dim + c] += lows[row * npaths * rank + c / dim * rank + r] * weights[c * rank + r];
+  full.set(products);
+  std::vector<std::int32_t> order;
+  for (std::int64_t i = 0; i < seqlen; ++i) order.push_back(static_cast<std::int32_t>(i * 7 % seqlen));
+  std::vector<ScanPathTables> paths;
+  for (std::int64_t k = 0; k < npaths; ++k)
+    paths.push_back({k % 2 ? order.data() : nullptr, flags.empty() ? nullptr : flags.data(), k >= 2});
+
+  struct Result {
+    Result(std::int64_t rows, std::int64_t dim, std::int64_t dstate, std::int64_t npaths, std::int64_t slots,
+           std::int64_t dt)
+        : y(f64, rows, dim), dx(f64, rows, dim), ddt(f64, rows, npaths * dt), dA(f64, npaths * dim, dstate),
+          dB(f64, rows, npaths * dstate), dC(f64, rows, npaths * dstate), saved(f64, npaths * slots * dstate, dim) {}
+    Tensor y, dx, ddt, dA, dB, dC, saved;
+  };
+  Result expected(rows, dim, dstate, npaths, slots, dim), actual(rows, dim, dstate, npaths, slots, rank);
+  Tensor dweight(f64, npaths * dim, rank);
+  for (const bool short_form : {false, true}) {
+    Result& result = short_form ? actual : expected;
+    const auto set = [&](CrossSelectiveScanParams& p) {
+      p.dtype = f64, p.dt_softplus = true, p.merged = true, p.threads = threads;
+      p.batch = batch, p.seqlen = seqlen, p.dim = dim, p.dstate = dstate, p.npaths = npaths, p.B_groups = p.C_groups = 1;
+      p.x = x.data(), p.A = A.data(), p.B = B.data(), p.C = C.data(), p.paths = paths.data();
+      p.x_stride = dim, p.B_stride = p.C_stride = npaths * dstate, p.B_path = p.C_path = dstate;
+      p.dt = short_form ? low.data() : full.data(), p.dt_stride = short_form ? low.stride() : full.stride();
+      p.dt_path = short_form ? rank : dim;
+      if (short_form) p.dt_rank = rank, p.dt_weight = weight.data();
+    };
+    CrossSelectiveScanForward f{};
+    set(f);
+    f.y = result.y.data(), f.checkpoints = result.saved.data();
+    SSMKIT_CPU(cross_selective_scan_forward)(f);
+    CrossSelectiveScanBackward b{};
+    set(b);
+    b.checkpoints = result.saved.data(), b.dy = dy.data(), b.dy_stride = dim, b.dx = result.dx.data();
+    b.ddt = result.ddt.data(), b.dA = result.dA.data(), b.dB = result.dB.data(), b.dC = result.dC.data();
+    if (short_form) b.ddt_weight = dweight.data();
+    SSMKIT_CPU(cross_selective_scan_backward)(b);
+  }
+
+  std::vector<double> dlow(rows * npaths * rank), dlow_size = dlow, dw(npaths * dim * rank), dw_size = dw;
+  const std::vector<double> ddt = expected.ddt.values();
+  for (std::int64_t row = 0; row < rows; ++row)
+    for (std::int64_t c = 0; c < npaths * dim; ++c)
+      for (std::int64_t r = 0; r < rank; ++r) {
+        const std::int64_t at_low = row * npaths * rank + c / dim * rank + r, at_weight = c * rank + r;
+        const double g = ddt[row * npaths * dim + c];
+        dlow[at_low] += g * weights[at_weight], dlow_size[at_low] += std::abs(g * weights[at_weight]);
+        dw[at_weight] += g * lows[at_low], dw_size[at_weight] += std::abs(g * lows[at_low]);
+      }
+  testing::close("low rank ddt", actual.ddt.values(), dlow, dlow_size, f64);
+  testing::close("low rank ddt_weight", dweight.values(), dw, dw_size, f64);
+  const std::pair<const char*, Tensor Result::*> kept[] = {
+      {"y", &Result::y}, {"dx", &Result::dx}, {"dA", &Result::dA}, {"dB", &Result::dB}, {"dC", &Result::dC}};
+  for (const auto& [name, member] : kept) {
+    const std::vector<double> wanted = (expected.*member).values();
+    // Slack: step sizes that differ by a rounding move every state after them, on both sides.
+    testing::close(std::string("low rank ") + name, (actual.*member).values(), wanted, f64, 16.0);
+  }
+}
+
+const testing::Case kLowRank("low-rank step sizes", [] {
+  std::vector<std::uint8_t> flags;
+  for (int i = 0; i < 2 * 71; ++i) flags.push_back(static_cast<std::uint8_t>(i * 7 % 5 == 0 ? i % 4 : 0));
+  low_rank(2, 71, 37, 4, 4, 3, flags, 2);
+  low_rank(1, 66, 9, 2, 2, 17, {}, 1);
+  low_rank(1, 701, 5, 3, 2, 2, {}, 12);
+  low_rank(2, 0, 5, 3, 2, 2, {}, 1);
+});
+
 const testing::Case kSegments("more threads than channels: the length of every path is cut", [] {
   Options o;
   o.threads = 12;

@@ -36,7 +36,8 @@ PER_PATH = ("dt", "B", "C")
 
 
 def cotangent(inputs, merge="sum"):
-    shape = inputs["x"].shape if merge == "sum" else inputs["dt"].shape
+    batch, seqlen, dim = inputs["x"].shape
+    shape = (batch, seqlen, dim) if merge == "sum" else (batch, seqlen, len(inputs["paths"]), dim)
     return {"y": torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(inputs["x"].dtype)}
 
 
@@ -48,7 +49,7 @@ def compare(inputs, backend, **options):
     assert actual.keys() == expected.keys()
     for name in actual:
         # The gradients of parameters are sums over all tokens, of terms of both signs.
-        slack = CANCELLATION if name in ("dA", "dD", "ddt_bias") else 1.0
+        slack = CANCELLATION if name in ("dA", "dD", "ddt_bias", "ddt_weight") else 1.0
         assert_close(name, actual[name], expected[name], slack=slack)
 
 
@@ -65,6 +66,8 @@ OPTIONS = {
     "D": {"optional": ("D",)},
     "bias": {"optional": ("dt_bias",)},
     "groups": {"ngroups": 3},
+    "low-rank dt": {"rank": 2},
+    "low-rank dt, one path, groups": {"rank": 5, "ngroups": 2, "paths": (ScanPath.reverse(12),), "optional": ()},
     "one path": {"paths": (ScanPath.reverse(12),)},
     "two tables": {"paths": continuous(3, 4)},
     "restarts": {"paths": (row(3, 4), windows(3, 4, 2).with_restarts([0, 5, 9]), cross(3, 4)[3])},
@@ -94,6 +97,24 @@ def test_pads_and_resets(paths, dtype, backend):
     grads = run(cross_selective_scan, inputs, cotangent(inputs), backend=backend, **flags)
     for name in ("y", "dx", "ddt", "dB", "dC", "dz"):
         assert (grads[name][:, 2::5] == 0).all(), name
+
+
+@backends
+@pytest.mark.parametrize(("dtype", "rank"), [(torch.float32, 3), (torch.bfloat16, 3), (torch.float64, 35)], ids=str)
+def test_low_rank_dt_over_several_chunks_and_blocks(dtype, rank, backend):
+    """Ranks and channels that fill no vector, pads among the tokens."""
+    inputs = cross_selective_scan_inputs(2, 9, 11, 37, 3, rank=rank, dtype=dtype, device=device_of(backend))
+    mask = torch.arange(99).remainder(7).ne(2).expand(2, 99).to(device_of(backend))
+    compare(inputs, backend, mask=mask)
+    assert (run(cross_selective_scan, inputs, cotangent(inputs), backend=backend, mask=mask)["ddt"][:, 2::7] == 0).all()
+
+
+@every_backend
+def test_low_rank_dt_is_its_expansion(backend):
+    inputs = cross_selective_scan_inputs(1, 3, 5, 6, 2, rank=4, dtype=torch.float64, device=device_of(backend))
+    full = {k: v for k, v in inputs.items() if k != "dt_weight"}
+    full["dt"] = torch.einsum("blkr,kdr->blkd", inputs["dt"], inputs["dt_weight"])
+    same(cross_selective_scan(**inputs, backend=backend), cross_selective_scan(**full, backend=backend))
 
 
 @backends
@@ -250,6 +271,7 @@ GRADCHECK = {
     "all options": {},
     "bare": {"optional": ()},
     "groups": {"ngroups": 2},
+    "low-rank dt": {"rank": 2, "optional": ("dt_bias",)},
     "restarts": {"paths": (ScanPath([3, 0, 5, 4, 1, 2], restarts=[1]), ScanPath.reverse(6))},
 }
 
@@ -272,16 +294,16 @@ def test_gradcheck(options, merge, backend):
 
 
 @backends
-@pytest.mark.parametrize("merged", [True, False], ids=["sum", "stack"])
-def test_opcheck(merged, backend):
+@pytest.mark.parametrize(("merged", "rank"), [(True, 0), (False, 0), (True, 2), (False, 2)])
+def test_opcheck(merged, rank, backend):
     device = device_of(backend)
-    inputs = cross_selective_scan_inputs(2, 3, 4, 4, 3, device=device)
-    tensors = [inputs[name] for name in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+    inputs = cross_selective_scan_inputs(2, 3, 4, 4, 3, rank=rank, device=device)
+    tensors = [inputs.get(name) for name in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_weight")]
     orders = torch.randperm(12, generator=torch.Generator().manual_seed(0)).int().to(device).unsqueeze(0)
     flags = torch.zeros(1, 2, 12, dtype=torch.uint8, device=device)
     walks = (orders, [-1, 0, -1, 0], flags, [-1, -1, 0, -1], [False, False, True, True])
     torch.library.opcheck(cross_selective_scan_fwd, (*tensors, *walks, True, merged, True, backend))
-    tensors = [tensor.detach() for tensor in tensors]
+    tensors = [None if tensor is None else tensor.detach() for tensor in tensors]
     y, checkpoints = cross_selective_scan_fwd(*tensors, *walks, True, merged, True, backend)
     args = (torch.ones_like(y), *tensors, *walks, checkpoints, True, merged, backend)
     torch.library.opcheck(cross_selective_scan_bwd, args)
@@ -321,16 +343,17 @@ def test_views_of_one_projection_give_the_same_bits(backend):
 
 
 @every_backend
+@pytest.mark.parametrize("rank", [0, 2])
 @pytest.mark.parametrize(
     "shape", [(0, 2, 3, 4, 3), (2, 0, 3, 4, 3), (2, 2, 3, 0, 3), (2, 2, 3, 4, 0)],
     ids=["no batch", "no tokens", "no channels", "no states"],
 )  # fmt: skip
-def test_empty(shape, backend):
-    inputs = cross_selective_scan_inputs(*shape, device=device_of(backend))
+def test_empty(shape, rank, backend):
+    inputs = cross_selective_scan_inputs(*shape, rank=rank, device=device_of(backend))
     for merge in ("sum", "stack"):
         out = run(cross_selective_scan, inputs, cotangent(inputs, merge), merge=merge, backend=backend)
         assert out["y"].shape == cotangent(inputs, merge)["y"].shape
-        for name in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias"):
+        for name in (name for name, value in inputs.items() if isinstance(value, torch.Tensor)):
             assert out[f"d{name}"].shape == inputs[name].shape
             assert torch.isfinite(out[f"d{name}"]).all(), name
 
@@ -345,7 +368,7 @@ def test_backward_gives_the_same_bits_twice(backend):
 @backends
 def test_no_state_is_kept_without_gradients(backend):
     inputs = cross_selective_scan_inputs(1, 10, 13, 4, 2, device=device_of(backend), requires_grad=False)
-    tensors = [inputs[name] for name in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias")]
+    tensors = [inputs.get(name) for name in ("x", "dt", "A", "B", "C", "D", "z", "dt_bias", "dt_weight")]
     walks = (None, [-1] * 4, None, [-1] * 4, [False, True, False, True])
     assert cross_selective_scan_fwd(*tensors, *walks, True, True, False, backend)[1].numel() == 0
 
@@ -364,6 +387,12 @@ BAD = {
     "groups that do not divide": ({"C": torch.zeros(2, 6, 4, 3, 3)}, "C has 3 groups, which must divide dim 4"),
     "D of one path": ({"D": torch.zeros(4)}, r"D must have shape \(4, 4\)"),
     "z per path": ({"z": torch.zeros(2, 6, 4, 4)}, r"z must have shape \(2, 6, 4\)"),
+    "expansion of another rank": (
+        {"dt_weight": torch.zeros(4, 4, 2)},
+        r"dt must have shape \(2, 6, 4, 2\) \(batch, seqlen, npaths, rank of dt_weight\), got \(2, 6, 4, 4\)",
+    ),
+    "expansion of one path": ({"dt_weight": torch.zeros(4, 2)}, r"dt_weight must have shape \(npaths, dim, rank\)"),
+    "expansion of no rank": ({"dt_weight": torch.zeros(4, 4, 0), "dt": torch.zeros(2, 6, 4, 0)}, "dt_weight .* got 0"),
     "mask too short": ({"mask": torch.ones(2, 5, dtype=torch.bool)}, r"mask must have shape \(2, 6\)"),
     "another device": ({"D": torch.zeros(4, 4, device="meta")}, "D must be on cpu like x, got meta"),
     "a path of another length": (
