@@ -52,7 +52,8 @@ def test_a_transposed_image_with_swapped_axes_gives_the_transposed_result():
 
 
 def test_gradients_reach_every_parameter():
-    images.check_gradients(layer(), images.image(3, 4, 6))
+    # What every key has in common, softmax leaves out.
+    images.check_gradients(layer(), images.image(3, 4, 6), idle=("k_norm.bias",))
 
 
 def test_widths():

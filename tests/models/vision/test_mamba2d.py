@@ -124,7 +124,9 @@ def test_features_alone_and_another_head():
 def test_gradients_reach_every_parameter(backend):
     model = small(backend=backend, drop_path_rate=0.1, head_dropout=0.1, embed_dim=(8, 8, 8, 8)).double()
     model(torch.randn(2, 3, 24, 40, dtype=torch.float64)).square().sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in model.parameters())
+    unreached = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
+    # What every key has in common, softmax leaves out.
+    assert all(name.endswith("k_norm.bias") for name in unreached)
 
 
 def test_weight_decay_spares_rates_and_skips():
