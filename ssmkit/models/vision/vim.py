@@ -25,6 +25,7 @@ CUT_NORMAL = 0.87962566103423978
 
 # Options of the published class that none of its released models sets, and the value that all of them have.
 UNRELEASED: dict[str, Any] = {
+    "bimamba": True,
     "if_bidirectional": False,
     "if_bimamba": False,
     "if_rope": False,
