@@ -264,7 +264,10 @@ class SS2D(nn.Module):
             sets: Of the parameters by paths, which.
         """
         x, wide = x.flatten(1, 2), torch.float64 if self.A_logs.dtype == torch.float64 else torch.float32
-        dt, B, C = steps_and_weights(x, self.x_proj_weight[sets], self.dt_projs_weight[sets])
+        x_proj_weight, dt_weight = self.x_proj_weight[sets], self.dt_projs_weight[sets]
+        projected = F.linear(x, x_proj_weight.flatten(0, 1)).unflatten(2, x_proj_weight.shape[:2])
+        rank, dstate = dt_weight.shape[2], self.A_logs.shape[1]
+        dt, B, C = projected.split((rank, dstate, dstate), dim=3)
         per_token = {"x": x, "dt": dt, "B": B, "C": C}
         if self.forward_type.fp32:
             per_token = {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in per_token.items()}
@@ -273,6 +276,7 @@ class SS2D(nn.Module):
             "A": -torch.exp(self.A_logs.to(wide)).view(NPATHS, self.d_inner, -1)[sets],
             "D": self.Ds.view(NPATHS, -1)[sets],
             "dt_bias": self.dt_projs_bias[sets],
+            "dt_weight": dt_weight,
             "dt_softplus": True,
         }
 
@@ -285,25 +289,6 @@ class SS2D(nn.Module):
     def extra_repr(self) -> str:
         """Sizes and forward type, for print()."""
         return f"d_model={self.d_model}, d_state={self.d_state}, d_inner={self.d_inner}, {self.forward_type}"
-
-
-def steps_and_weights(x: Tensor, x_proj_weight: Tensor, dt_projs_weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Step sizes (before their bias), input and output weights of every token for each of K paths.
-
-    Args:
-        x: Tokens                                  (batch, seqlen, dim)
-        x_proj_weight: Projections to dt, B, C     (K, R + 2 N, dim)
-        dt_projs_weight: From rank R to channels   (K, dim, R)
-    Returns:
-        dt (batch, seqlen, K, dim), B and C (batch, seqlen, K, N), as `cross_selective_scan` takes them without a copy.
-    """
-    batch, seqlen, _ = x.shape
-    rank = dt_projs_weight.shape[2]
-    dstate = (x_proj_weight.shape[1] - rank) // 2
-    projected = F.linear(x, x_proj_weight.flatten(0, 1)).unflatten(2, x_proj_weight.shape[:2])
-    dt_BLKR, B, C = projected.split((rank, dstate, dstate), dim=3)
-    dt_KLD = torch.bmm(dt_BLKR.permute(2, 0, 1, 3).flatten(1, 2), dt_projs_weight.mT)
-    return dt_KLD.unflatten(1, (batch, seqlen)).permute(1, 2, 0, 3), B, C
 
 
 def depthwise(dim: int, side: int, **options: Any) -> nn.Conv2d:
