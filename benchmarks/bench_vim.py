@@ -33,6 +33,18 @@ def made(kind: type[BiMamba], d_model: int, **options: Any) -> BiMamba:
     return kind(d_model, bimamba_type="v2", if_divide_out=True, **options)
 
 
+def one_direction(layer: Any, suffix: str, xz: Tensor, scan: Scan) -> Tensor:
+    """The published arithmetic of one direction, gated, of inputs and gates (batch, 2 * dim, seqlen)."""
+    conv, to_dt = getattr(layer, f"conv1d{suffix}"), getattr(layer, f"dt_proj{suffix}")
+    x, z = xz.chunk(2, dim=1)
+    x = F.silu(conv(x)[..., : x.shape[2]])
+    sizes = layer.dt_rank, layer.d_state, layer.d_state
+    dt, B, C = getattr(layer, f"x_proj{suffix}")(x.transpose(1, 2)).split(sizes, dim=2)
+    dt = F.linear(dt, to_dt.weight).transpose(1, 2)
+    A, D = -torch.exp(getattr(layer, f"A{suffix}_log").float()), getattr(layer, f"D{suffix}").float()
+    return scan(x, dt, A, B.transpose(1, 2), C.transpose(1, 2), D, to_dt.bias.float()) * F.silu(z)
+
+
 class Flips(BiMamba):
     """The published pipeline: channels before tokens, a flipped copy for the backward direction, its result flipped."""
 
@@ -41,20 +53,8 @@ class Flips(BiMamba):
     def forward(self, hidden_states: Tensor) -> Tensor:  # type: ignore[override]
         """As `BiMamba.forward`."""
         xz = self.in_proj(hidden_states).transpose(1, 2).contiguous()
-        y = self.direction("", xz) + self.direction("_b", xz.flip(2)).flip(2)
+        y = one_direction(self, "", xz, self.published) + one_direction(self, "_b", xz.flip(2), self.published).flip(2)
         return self.out_proj(y.transpose(1, 2) / 2)
-
-    def direction(self, suffix: str, xz: Tensor) -> Tensor:
-        """One direction, gated."""
-        conv, to_dt = getattr(self, f"conv1d{suffix}"), getattr(self, f"dt_proj{suffix}")
-        x, z = xz.chunk(2, dim=1)
-        x = F.silu(conv(x)[..., : x.shape[2]])
-        sizes = self.dt_rank, self.d_state, self.d_state
-        dt, B, C = getattr(self, f"x_proj{suffix}")(x.transpose(1, 2)).split(sizes, dim=2)
-        dt = F.linear(dt, to_dt.weight).transpose(1, 2)
-        A, D = -torch.exp(getattr(self, f"A{suffix}_log").float()), getattr(self, f"D{suffix}").float()
-        y = self.published(x, dt, A, B.transpose(1, 2), C.transpose(1, 2), D, to_dt.bias.float())
-        return y * F.silu(z)
 
 
 def flips(load: Callable[[], Scan], **options: Any) -> Rival:

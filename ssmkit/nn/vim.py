@@ -5,6 +5,7 @@ its `Mamba(bimamba_type=...)`, so official state dicts load. VideoMamba (arXiv:2
 """
 
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -117,8 +118,9 @@ class BiMamba(nn.Module):
         if self.bimamba_type == "v1":
             y = self._scan_both(x, forwards, backwards, mask, cu_seqlens)
         else:
-            y = sum_of([scan(self, "", x, walk | tokens, halved=self.if_divide_out) for walk in forwards])
-            y = y + sum_of([scan(self, "_b", x, walk | tokens, halved=self.if_divide_out) for walk in backwards])
+            directions = [("", walk) for walk in forwards] + [("_b", walk) for walk in backwards]
+            scans = (scan(self, suffix, x, walk | tokens, halved=self.if_divide_out) for suffix, walk in directions)
+            y = reduce(torch.add, scans)
         out: Tensor = self.out_proj(y * F.silu(z))
         return out if self.gamma is None else out * self.gamma
 
@@ -135,9 +137,8 @@ class BiMamba(nn.Module):
             raise ValueError("bimamba_type 'v1' takes one path and no cu_seqlens; give each sequence a row of its own")
         x = convolved(self, "", x, {**forwards[0], "mask": mask})
         dt, B, C = steps_and_weights(self, "", x)
-        paths = [walk.get("path") or ScanPath.identity(x.shape[1]) for walk in (*forwards, *backwards)]
-        if "reverse" in backwards[0]:
-            paths[1] = paths[1].flip()
+        line = ScanPath.identity(x.shape[1])
+        paths = [forwards[0].get("path", line), backwards[0].get("path", line.flip())]
 
         def twice(shared: Tensor, axis: int) -> Tensor:
             return shared.unsqueeze(axis).expand(*shared.shape[:axis], 2, *shared.shape[axis:])
@@ -255,11 +256,3 @@ def walks(path: Paths) -> list[dict[str, Any]]:
 def backwards_of(walk: dict[str, Any]) -> dict[str, Any]:
     """The same tokens from the last to the first; segments of the path stay the same."""
     return {"path": walk["path"].flip()} if "path" in walk else {"reverse": True}
-
-
-def sum_of(tensors: list[Tensor]) -> Tensor:
-    """Their sum; the tensor itself where there is one."""
-    total = tensors[0]
-    for tensor in tensors[1:]:
-        total = total + tensor
-    return total

@@ -18,7 +18,6 @@ from ssmkit.models.vision.common import resample_pos_embed
 from ssmkit.models.vision.vim import BiMambaBackbone, Vim, refuse_unreleased, square_grid, without
 from ssmkit.models.weights import read_file, unwrapped
 from ssmkit.nn.patch_embed import pair
-from ssmkit.paths import ScanPath
 
 SPATIAL, TEMPORAL = "thw", "hwt"
 # The orders that the paper compares, and its numbers for them on SSV2. Per layer: the axes of the forward direction's
@@ -148,15 +147,11 @@ class VideoMamba(BiMambaBackbone):
 
     def walks(self, grid: tuple[int, int, int]) -> list[dict[str, Any]]:
         """The paths of every block over a clip of (frames, rows, cols) tokens behind a class token."""
-
-        def path(axes: str) -> ScanPath:
-            return paths.clip(*grid, axes).with_tokens(0)
-
-        walks = []
-        for layer in range(len(self.layers)):
-            there, back = axes_of(self.scan_order, layer, len(self.layers))
-            walks.append({"path": [path(a) for a in there], "path_b": [path(a).flip() for a in back]})
-        return walks
+        depth = len(self.layers)
+        axes = [axes_of(self.scan_order, layer, depth) for layer in range(depth)]
+        walked = {each for directions in axes for direction in directions for each in direction}
+        path = {each: paths.clip(*grid, each).with_tokens(0) for each in sorted(walked)}
+        return [{"path": [path[a] for a in there], "path_b": [path[a].flip() for a in back]} for there, back in axes]
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Classify the class token."""
