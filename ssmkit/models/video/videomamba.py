@@ -20,21 +20,20 @@ from ssmkit.models.weights import read_file, unwrapped
 from ssmkit.nn.patch_embed import pair
 
 SPATIAL, TEMPORAL = "thw", "hwt"
-# The orders that the paper compares, and its numbers for them on SSV2. Per layer: the axes of the forward direction's
-# walks, slowest first, and those of the backward direction's. Weights are released for the first alone.
-SCAN_ORDERS = (
-    "spatial",  # frame by frame, both directions                           65.1
-    "temporal",  # all frames of a place, then the next place               62.4
-    "spatial forwards, temporal backwards",  # half of the scans of each    63.9
-    "spatial and temporal",  # all scans of both, at twice the cost         64.2
-    "spatial, then temporal",  # first half of the layers, second half      64.0
-    "temporal, then spatial",  # the other way round                        64.1
-    "alternating",  # layer by layer, spatial first                         65.1
-)
+# The orders that the paper compares. Weights are released for the first alone.
+SCAN_ORDERS = {
+    "spatial": "frame by frame, row by row",
+    "temporal": "all frames of a place, then the next place",
+    "spatial forwards, temporal backwards": "one direction of each",
+    "spatial and temporal": "both directions of both, at twice the cost",
+    "spatial, then temporal": "spatial in the first half of the layers, temporal in the second",
+    "temporal, then spatial": "the other way round",
+    "alternating": "spatial and temporal layers in turn",
+}
 
 
 def axes_of(order: str, layer: int, depth: int) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The axes of the forward and of the backward walks of a layer."""
+    """The axes, slowest first, of the forward and of the backward walks of a layer."""
     if order == "spatial forwards, temporal backwards":
         return (SPATIAL,), (TEMPORAL,)
     if order == "spatial and temporal":
@@ -66,7 +65,7 @@ class VideoMamba(BiMambaBackbone):
         drop_path_rate: Stochastic depth of the last block, from 0 in the first linearly.
         norm_epsilon, rms_norm, residual_in_fp32: As in `MambaStack`.
         kernel_size: Frames of a tubelet, which becomes one token.
-        scan_order: One of SCAN_ORDERS, the order in which the scans visit the tokens. All but "spatial" are the paper's
+        scan_order: One of SCAN_ORDERS: the order in which the scans visit the tokens. All but "spatial" are the paper's
             comparison; their code is not released. "spatial forwards, temporal backwards" and "spatial and temporal" are
             our reading of its figure, with the same weights for the spatial and the temporal scans.
         feature_blocks: Blocks whose outputs are the levels of feature maps; by default the last of each quarter.
