@@ -1,6 +1,7 @@
 # make demo    set up and run the main job: record trajectories, train a Decision Mamba, evaluate it
 # make test    set up and run the tests
-# make test-quick  without those that compile: packaging, sanitisers, kernels ahead of time for every target
+# make test-quick  without those that compile: packaging, sanitisers, kernels ahead of time
+# make targets the Triton kernels ahead of time for every GPU, not only one of each vendor
 # make lint    formatter, linter, type check
 # make bench   time the ops against their rivals (OP=selective_scan for one)
 # make doctor  what can run here, and why the rest cannot
@@ -13,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 OP ?= selective_scan
 JOBS ?= auto
 
-.PHONY: demo test test-quick lint bench doctor setup dev clean
+.PHONY: demo test test-quick targets lint bench doctor setup dev clean
 .DELETE_ON_ERROR:
 
 # torch first and pinned, so that no other package chooses a build of it.
@@ -47,6 +48,9 @@ test: $(VENV)/test.stamp
 
 test-quick: $(VENV)/test.stamp
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+targets: $(VENV)/test.stamp
+	SSMKIT_TARGETS=all $(BIN)/python -m pytest tests/kernels/test_compile.py
 
 lint: $(VENV)/dev.stamp
 	$(BIN)/ruff check .

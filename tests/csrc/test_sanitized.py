@@ -4,12 +4,12 @@ Every file here that includes harness.h tests the op it is named after: its kern
 the ops whose headers its own header includes.
 """
 
+import hashlib
 import os
 import platform
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -49,26 +49,45 @@ def cxx() -> str:
     return found
 
 
+@pytest.fixture(scope="session")
+def objects(tmp_path_factory) -> Path:
+    """A folder of compiled files for all tests, and all workers of pytest-xdist: several ops use the same kernels."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "sanitized"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+def compiled(command: list[str], source: Path, flags: list[str], folder: Path) -> str:
+    """The object of a source under these flags, made by whoever comes first."""
+    import fcntl
+
+    stem = hashlib.sha256(" ".join([*command, str(source), *flags]).encode()).hexdigest()[:16]
+    made, partial_file = folder / f"{stem}.o", folder / f"{stem}.partial.o"
+    with open(folder / f"{stem}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            subprocess.run([*command, *flags, "-c", str(source), "-o", str(partial_file)], check=True)
+            partial_file.rename(made)
+    return str(made)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("op", OPS)
-def test_kernels_stay_within_their_tensors(op, cxx, tmp_path):
+def test_kernels_stay_within_their_tensors(op, cxx, objects, tmp_path):
     in_bf16 = "SSMKIT_CPU_BF16_ENTRY" in (ROOT / f"csrc/cpu/{op}.h").read_text()
     capabilities = {name: flags for name, flags in CAPABILITIES.items() if in_bf16 or name != "avx512_bf16"}
     common = [cxx, "-std=c++17", *SANITIZE, "-fopenmp", "-I", str(ROOT / "csrc"), "-I", str(HERE)]
-    common += [f"-DSSMKIT_BUILT_{name.upper()}" for name in capabilities]
-    units = [(HERE / "driver.cpp", []), (HERE / f"{op}.cpp", []), (ROOT / "csrc/dispatch.cpp", [])]
+    built = [f"-DSSMKIT_BUILT_{name.upper()}" for name in capabilities]
+    units = [(source, built) for source in (HERE / "driver.cpp", HERE / f"{op}.cpp", ROOT / "csrc/dispatch.cpp")]
     header = (ROOT / f"csrc/cpu/{op}.h").read_text()
     used = [op, *(other for other in OPS if f'"cpu/{other}.h"' in header)]
     for source in sorted({path for name in used for path in (ROOT / "csrc/cpu").glob(f"{name}*.cpp")}):
         units += [(source, [*flags, f"-DSSMKIT_CAPABILITY={name}"]) for name, flags in capabilities.items()]
-    objects = [str(tmp_path / f"{i}.o") for i in range(len(units))]
-    commands = [
-        [*common, *flags, "-c", str(source), "-o", out] for (source, flags), out in zip(units, objects, strict=True)
-    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        list(pool.map(partial(subprocess.run, check=True), commands))
+        linked = list(pool.map(lambda unit: compiled(common, *unit, objects), units))
     program = str(tmp_path / op)
-    subprocess.run([*common, *objects, "-o", program], check=True)
+    subprocess.run([*common, *linked, "-o", program], check=True)
 
     # libgomp keeps its thread pool until the end, which the leak checker would report
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
