@@ -14,6 +14,7 @@ from ssmkit.nn.mamba3 import Mamba3
 from ssmkit.nn.mamba_nd import MambaND, MambaNDLayer
 from ssmkit.nn.mlp import MLP, GatedMLP
 from ssmkit.nn.patch_embed import PatchEmbed
+from ssmkit.nn.plain_mamba import PlainMamba2D, PlainMambaLayer
 from ssmkit.nn.rms_norm import RMSNorm
 from ssmkit.nn.rope_attention import RoPEAttention2D
 from ssmkit.nn.ss2d import SS2D, ForwardType
@@ -45,6 +46,8 @@ __all__ = [
     "MambaNDLayer",
     "MambaStack",
     "PatchEmbed",
+    "PlainMamba2D",
+    "PlainMambaLayer",
     "RMSNorm",
     "RoPEAttention2D",
     "TreeSSM",
