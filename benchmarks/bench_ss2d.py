@@ -58,7 +58,9 @@ class Reference(SS2D):
 
     def scan(self, x: Tensor) -> Tensor:
         """As `SS2D.scan`."""
-        return gathered_reference(cross(*x.shape[1:3]), **self.scan_inputs(x)).view_as(x)
+        inputs = self.scan_inputs(x)
+        inputs["dt"] = torch.einsum("blkr,kdr->blkd", inputs["dt"], inputs.pop("dt_weight"))
+        return gathered_reference(cross(*x.shape[1:3]), **inputs).view_as(x)
 
 
 class FourCopies(SS2D):
