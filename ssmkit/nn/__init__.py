@@ -1,12 +1,14 @@
 """Layers: parameters, projections, and a call to an op."""
 
 from ssmkit.nn.attention import MHA
+from ssmkit.nn.bi_attn import BiAttn
 from ssmkit.nn.block import Block, MambaStack
 from ssmkit.nn.dbm import DBM
 from ssmkit.nn.drop_path import DropPath
 from ssmkit.nn.grootl import GrootL
 from ssmkit.nn.grootv import GrootVLayer, TreeSSM
 from ssmkit.nn.layer_norm2d import LayerNorm2d
+from ssmkit.nn.local_mamba import LocalSS2D, MultiMamba
 from ssmkit.nn.mamba import Mamba
 from ssmkit.nn.mamba2 import Mamba2, Mamba2Simple
 from ssmkit.nn.mamba2d import Mamba2D, Mamba2DBlock
@@ -28,6 +30,7 @@ __all__ = [
     "MLP",
     "SS2D",
     "VSSD",
+    "BiAttn",
     "BiMamba",
     "Block",
     "DropPath",
@@ -36,6 +39,7 @@ __all__ = [
     "GrootL",
     "GrootVLayer",
     "LayerNorm2d",
+    "LocalSS2D",
     "Mamba",
     "Mamba2",
     "Mamba2D",
@@ -45,6 +49,7 @@ __all__ = [
     "MambaND",
     "MambaNDLayer",
     "MambaStack",
+    "MultiMamba",
     "PatchEmbed",
     "PlainMamba2D",
     "PlainMambaLayer",

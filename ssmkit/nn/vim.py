@@ -184,7 +184,7 @@ def add_direction(
     module.add_module(f"x_proj{suffix}", nn.Linear(dim, dt_rank + 2 * d_state, bias=False, **place))
     module.add_module(f"dt_proj{suffix}", nn.Linear(dt_rank, dim, bias=True, **place))
     decay, skip = nn.Parameter(s4d_real(dim, d_state, device)), nn.Parameter(torch.ones(dim, device=device))
-    for name, parameter in ((f"A{suffix}_log", decay), (f"D{suffix}", skip)):
+    for name, parameter in ((decay_name(suffix), decay), (f"D{suffix}", skip)):
         parameter._no_weight_decay = True  # type: ignore[attr-defined]
         module.register_parameter(name, parameter)
 
@@ -208,7 +208,7 @@ def scan(
     y: Tensor = selective_scan(  # type: ignore[assignment]
         x,
         dt,
-        decays(getattr(module, f"A{suffix}_log")),
+        decays(getattr(module, decay_name(suffix))),
         B,
         C,
         D=D,
@@ -236,6 +236,11 @@ def steps_and_weights(module: Any, suffix: str, x: Tensor) -> tuple[Tensor, Tens
     sizes = module.dt_rank, module.d_state, module.d_state
     dt, B, C = getattr(module, f"x_proj{suffix}")(x).split(sizes, dim=-1)
     return F.linear(dt, getattr(module, f"dt_proj{suffix}").weight), B, C
+
+
+def decay_name(suffix: str) -> str:
+    """A_log, A_b_log as Vim has it; with a number, as of LocalMamba's directions, A_log_0."""
+    return f"A_log{suffix}" if suffix[1:].isdigit() else f"A{suffix}_log"
 
 
 def decays(A_log: Tensor) -> Tensor:
