@@ -26,6 +26,7 @@ COMMANDS = {
     "train": Command("train a model; resumes where a killed training stopped", "ssmkit.train.commands.train"),
     "evaluate": Command("roll a trained model out in its environment", "ssmkit.train.commands.evaluate"),
     "generate": Command("let a language model write on from a prompt", "ssmkit.train.commands.generate"),
+    "classify": Command("tell the classes of images or clips", "ssmkit.train.commands.classify"),
     "demo": Command("record, train, evaluate and plot, in a few minutes on a CPU", "ssmkit.train.commands.demo"),
     "bench": Command("time an op against its rivals and the machine's limit", "ssmkit.benchmarks.cli"),
     "doctor": Command("show what can run here, and why the rest cannot", "ssmkit.doctor", own_parser=True),
@@ -39,6 +40,8 @@ examples:
   ssmkit evaluate runs/pendulum --targets -150 -400 -900
   ssmkit train language --data stdlib --out runs/stdlib
   ssmkit generate runs/stdlib --prompt "def main("
+  ssmkit train vision --data digits --model vim_tiny --size 32 --set patch_size=4 --out runs/digits
+  ssmkit classify runs/digits picture.png
   ssmkit bench selective_scan
 
 `ssmkit COMMAND --help` explains each command."""
@@ -79,7 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         status = import_command(arguments.command).run(arguments)
         sys.stdout.flush()
     except ModuleNotFoundError as error:
-        print(f"ssmkit: error: {error}; pip install 'ssmkit[trajectory,language]' brings it", file=sys.stderr)
+        print(f"ssmkit: error: {error}; pip install 'ssmkit[trajectory,language,vision]' brings it", file=sys.stderr)
         return 2
     except BrokenPipeError:
         # Whoever read the output has enough (`| head`). What is still buffered has nowhere to go.

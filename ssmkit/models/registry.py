@@ -1,5 +1,6 @@
 """Backbones by name, in the manner of timm: register_model, create_model, list_models."""
 
+import inspect
 from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -50,12 +51,9 @@ def create_model(
         ValueError: the name is unknown, or the weights do not fit.
         TypeError: the class has no such argument.
     """
-    if name not in _ENTRIES:
-        close = [known for known in _ENTRIES if name.split("_")[0] in known]
-        raise ValueError(f"unknown model {name!r}, known: {', '.join(close or list_models())}")
+    entry = entry_of(name)
     if out_indices is not None and not features_only:
         raise ValueError("out_indices chooses feature maps; give features_only=True as well")
-    entry = _ENTRIES[name]
     model = entry.make(**{**entry.options, **overrides})
     if checkpoint_path is not None:
         model.load_official(checkpoint_path)  # type: ignore[operator]
@@ -66,6 +64,22 @@ def create_model(
     if not isinstance(model, VisionBackbone):
         raise ValueError(f"{name!r} has no feature maps: features_only must be False")
     return FeatureList(model, out_indices)
+
+
+def entry_of(name: str) -> Entry:
+    """The entry of a name, or an error that lists those it may have meant."""
+    if name not in _ENTRIES:
+        close = [known for known in _ENTRIES if name.split("_")[0] in known]
+        raise ValueError(f"unknown model {name!r}, known: {', '.join(close or list_models())}")
+    return _ENTRIES[name]
+
+
+def takes(name: str, option: str) -> bool:
+    """Whether a model's class, or a class it hands its options on to, has an argument of this name."""
+    make = entry_of(name).make
+    classes = make.__mro__ if isinstance(make, type) else ()
+    signatures = [inspect.signature(vars(made)["__init__"]) for made in classes if "__init__" in vars(made)]
+    return any(option in signature.parameters for signature in signatures or [inspect.signature(make)])
 
 
 def list_models(pattern: str = "*") -> list[str]:

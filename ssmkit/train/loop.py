@@ -83,12 +83,15 @@ class StepTask(pl.LightningModule):
         return bool((self.global_step + 1) % self.options.log_every == 0)
 
     def configure_optimizers(self) -> Any:
-        """AdamW; no decay on vectors, embeddings and what a layer exempts."""
+        """AdamW; no decay on vectors, embeddings and what a layer or the model exempts."""
+        named = getattr(self.model, "no_weight_decay", set[str])()
+        exempted = {id(parameter) for name, parameter in self.model.named_parameters() if name in named}
         embeddings = {id(m.weight) for m in self.model.modules() if isinstance(m, nn.Embedding)}
         groups: dict[bool, list[Tensor]] = {True: [], False: []}
         for parameter in self.model.parameters():
             if parameter.requires_grad:
-                exempt = parameter.ndim < 2 or id(parameter) in embeddings or hasattr(parameter, "_no_weight_decay")
+                exempt = parameter.ndim < 2 or id(parameter) in embeddings | exempted
+                exempt = exempt or hasattr(parameter, "_no_weight_decay")
                 groups[not exempt].append(parameter)
         optimizer = torch.optim.AdamW(
             [
@@ -154,16 +157,16 @@ def run_steps(
     return True
 
 
-def trained_weights(run: str | Path, kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Weights and description of a run folder (or of a checkpoint file) of one kind of model."""
+def trained_weights(run: str | Path, *kinds: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights and description of a run folder (or of a checkpoint file) of one of these kinds of model."""
     path = Path(run)
     if path.is_dir():
         read_config(path)
         path = path / LAST
     checkpoint = load_checkpoint(path)
     description = checkpoint.get("ssmkit")
-    if not isinstance(description, dict) or description.get("kind") != kind:
-        raise RunError(f"{path} is not the checkpoint of a {kind} model")
+    if not isinstance(description, dict) or description.get("kind") not in kinds:
+        raise RunError(f"{path} is not the checkpoint of a {' or '.join(kinds)} model")
     prefix = "model."
     weights = {k[len(prefix) :]: v for k, v in checkpoint["state_dict"].items() if k.startswith(prefix)}
     return weights, description

@@ -130,3 +130,39 @@ class LanguageOptions(StepOptions):
             raise ValueError(f"context must be at least 2, got {self.context}")
         if self.sample_bytes < 0:
             raise ValueError(f"sample_bytes must be at least 0, got {self.sample_bytes}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class VisionOptions(StepOptions):
+    """How to train a classifier of images or clips.
+
+    Attributes:
+        size: Height and width that samples have.
+        frames: Of a clip; images ignore it.
+        augment: "none", "light" or "full": see `ssmkit.train.augment`.
+        mixup, cutmix: Parameters of the beta distributions of their shares; 0 turns either off.
+        label_smoothing: Share of the target that goes to all classes alike.
+        valid_every, valid_samples: Steps between looks at the held-out samples, and how many each look classifies; the end
+            of the training classifies all.
+    """
+
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    clip: float = 5.0
+    size: int = 224
+    frames: int = 8
+    augment: str = "light"
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.1
+    valid_every: int = 100
+    valid_samples: int = 512
+
+    def __post_init__(self) -> None:
+        StepOptions.__post_init__(self)
+        self.require_positive("size", "frames", "valid_every", "valid_samples")
+        for name in ("mixup", "cutmix"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if not 0 <= self.label_smoothing < 1:
+            raise ValueError(f"label_smoothing must lie in [0, 1), got {self.label_smoothing}")

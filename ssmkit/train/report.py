@@ -115,3 +115,28 @@ def caption(frame: NDArray[np.uint8], text: str) -> NDArray[np.uint8]:
     strip = Image.new("RGB", (frame.shape[1], 18), "white")
     ImageDraw.Draw(strip).text((4, 3), text, fill="black")
     return np.concatenate([np.asarray(strip), frame])
+
+
+def plot_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], path: Path) -> None:
+    """How often class i (row) was called class j (column), as shares of the row."""
+    counts = np.asarray(confusion, dtype=float)
+    shares = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = min(24.0, max(4.0, 0.35 * len(classes)))
+    figure, axes = pyplot().subplots(figsize=(side + 1, side))
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="viridis")
+    ticks = range(len(classes))
+    axes.set(xlabel="called", ylabel="is", title="Held-out samples", xticks=ticks, yticks=ticks)
+    axes.set_xticklabels(classes, rotation=90)
+    axes.set_yticklabels(classes)
+    figure.colorbar(image, ax=axes, label="share of the row")
+    save_figure(figure, path)
+
+
+def plot_receptive_fields(fields: Sequence[Any], names: Sequence[str], path: Path) -> None:
+    """What the middle cell of each feature level sees, (height, width) each; the scale is logarithmic."""
+    figure, panels = pyplot().subplots(1, len(fields), figsize=(3.2 * len(fields), 3.4), squeeze=False)
+    for axes, field, name in zip(panels[0], fields, names, strict=True):
+        image = axes.imshow(np.log10(np.maximum(np.asarray(field), 1e-4)), vmin=-4, vmax=0, cmap="magma")
+        axes.set(title=name, xticks=[], yticks=[])
+    figure.colorbar(image, ax=panels[0].tolist(), label="log10 of |gradient|, relative to the largest")
+    save_figure(figure, path)

@@ -48,12 +48,21 @@ def add_run_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--logger", default="csv", choices=["csv", "tensorboard", "none"], help="(%(default)s)")
 
 
-def add_options(parser: argparse.ArgumentParser, options: type[StepOptions], help_texts: dict[str, str]) -> None:
-    """One flag per field of `options`: its name with dashes."""
+def add_options(
+    parser: argparse.ArgumentParser,
+    options: type[StepOptions],
+    help_texts: dict[str, str],
+    *,
+    without: tuple[str, ...] = (),
+) -> None:
+    """One flag per field of `options`: its name with dashes. Fields `without` a flag keep their default."""
     group = parser.add_argument_group("training")
     for entry in fields(options):
         flag, text = f"--{entry.name.replace('_', '-')}", {**STEP_HELP, **help_texts}[entry.name]
         assert entry.default is not MISSING
+        if entry.name in without:
+            parser.set_defaults(**{entry.name: entry.default})
+            continue
         if entry.default is False:
             group.add_argument(flag, action="store_true", help=text)
         else:

@@ -14,6 +14,8 @@ class Family(NamedTuple):
 
 FAMILIES = {
     "trajectory": Family("a policy from recorded trajectories", "ssmkit.train.commands.train_trajectory"),
+    "vision": Family("a classifier of images", "ssmkit.train.commands.train_vision"),
+    "video": Family("a classifier of clips", "ssmkit.train.commands.train_video"),
     "language": Family("a language model from text files", "ssmkit.train.commands.train_language"),
 }
 
