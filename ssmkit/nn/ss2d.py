@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssmkit.nn.mamba import initial_dt_bias, s4d_real
+from ssmkit.nn._path_scans import PathScans, init_dt_projs
 from ssmkit.ops import cross_selective_scan
 from ssmkit.paths import ScanPath, column, cross, row
 
@@ -118,7 +118,7 @@ class ForwardType:
         return cls(**{"scan": scan, "fp32": fp32, **words})
 
 
-class SS2D(nn.Module):
+class SS2D(PathScans):
     """The SS2D mixer: x, z = in_proj(x); x = silu(conv2d(x)); y = out_norm(scans of x) * silu(z); out_proj(y).
 
         dt, B, C of path k = x_proj_weight[k] x, then dt = dt_projs_weight[k] dt        all paths at once, tokens as they lie
@@ -187,25 +187,19 @@ class SS2D(nn.Module):
         self.d_model, self.d_state, self.channel_first, self.backend = d_model, d_state, channel_first, backend
         self.dt_rank = math.ceil(d_model / 16) if dt_rank == "auto" else dt_rank
         self.forward_type = ForwardType.parse(forward_type) if isinstance(forward_type, str) else forward_type
+        self.fp32 = self.forward_type.fp32
         inner = self.d_inner
         place: dict[str, Any] = {"device": device, "dtype": dtype}
 
         self.in_proj = nn.Linear(d_model, inner if self.forward_type.gate is None else 2 * inner, bias=bias, **place)
         self.act = act_layer()
         self.conv2d = depthwise(inner, d_conv, bias=conv_bias, **place) if d_conv > 1 else None
-        self.x_proj_weight = nn.Parameter(torch.empty(NPATHS, self.dt_rank + 2 * d_state, inner, **place))
-        self.dt_projs_weight = nn.Parameter(torch.empty(NPATHS, inner, self.dt_rank, **place))
-        self.dt_projs_bias = nn.Parameter(torch.empty(NPATHS, inner, **place))
-        self.A_logs = nn.Parameter(s4d_real(NPATHS * inner, d_state, device))
-        self.Ds = nn.Parameter(torch.ones(NPATHS * inner, device=device))
+        self.add_path_weights(NPATHS, inner, d_state, self.dt_rank, **place)
         self.out_norm = out_norm(self.forward_type.out_norm, inner, **place)
         self.out_act = nn.GELU() if self.forward_type.out_act else nn.Identity()
         self.out_proj = nn.Linear(inner, d_model, bias=bias, **place)
         self.dropout = nn.Dropout(dropout)
-        for parameter in (self.A_logs, self.Ds):
-            parameter._no_weight_decay = True  # type: ignore[attr-defined]
 
-        nn.init.uniform_(self.x_proj_weight, -(inner**-0.5), inner**-0.5)
         if initialize == "v0":
             init_dt_projs(self.dt_projs_weight, self.dt_projs_bias, dt_min, dt_max, dt_init, dt_scale, dt_init_floor)
         elif initialize == "v1":
@@ -256,30 +250,6 @@ class SS2D(nn.Module):
         y = cross_selective_scan(**self.scan_inputs(x, sets), paths=paths, merge=merge, backend=self.backend)
         return y.unflatten(1, x.shape[1:3])
 
-    def scan_inputs(self, x: Tensor, sets: slice = slice(NPATHS)) -> dict[str, Any]:
-        """What `cross_selective_scan` takes besides paths: tokens, and what each path makes of them.
-
-        Args:
-            x: Output of the convolution           (batch, height, width, d_inner)
-            sets: Of the parameters by paths, which.
-        """
-        x, wide = x.flatten(1, 2), torch.float64 if self.A_logs.dtype == torch.float64 else torch.float32
-        x_proj_weight, dt_weight = self.x_proj_weight[sets], self.dt_projs_weight[sets]
-        projected = F.linear(x, x_proj_weight.flatten(0, 1)).unflatten(2, x_proj_weight.shape[:2])
-        rank, dstate = dt_weight.shape[2], self.A_logs.shape[1]
-        dt, B, C = projected.split((rank, dstate, dstate), dim=3)
-        per_token = {"x": x, "dt": dt, "B": B, "C": C}
-        if self.forward_type.fp32:
-            per_token = {name: t.to(torch.promote_types(t.dtype, torch.float32)) for name, t in per_token.items()}
-        return {
-            **per_token,
-            "A": -torch.exp(self.A_logs.to(wide)).view(NPATHS, self.d_inner, -1)[sets],
-            "D": self.Ds.view(NPATHS, -1)[sets],
-            "dt_bias": self.dt_projs_bias[sets],
-            "dt_weight": dt_weight,
-            "dt_softplus": True,
-        }
-
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         own = {prefix + name: tensor for name, tensor in self.state_dict().items()}
         given = {name: state_dict.pop(name) for name in list(state_dict) if name.startswith(prefix)}
@@ -328,19 +298,6 @@ def out_norm(kind: str | None, dim: int, **place: Any) -> nn.Module:
         None: nn.Identity(),
     }
     return made[kind]
-
-
-@torch.no_grad()
-def init_dt_projs(
-    weight: Tensor, bias: Tensor, dt_min: float, dt_max: float, dt_init: str, dt_scale: float, dt_init_floor: float
-) -> None:
-    """`init_dt` of Mamba for weights (K, dim, R) and biases (K, dim) of several paths."""
-    spread = weight.shape[2] ** -0.5 * dt_scale
-    if dt_init == "constant":
-        nn.init.constant_(weight, spread)
-    else:
-        nn.init.uniform_(weight, -spread, spread)
-    bias.copy_(initial_dt_bias(bias.numel(), dt_min, dt_max, dt_init_floor, bias.device).view_as(bias))
 
 
 # Names that published code of another date has for the parameters of the paths, laid end to end there.
