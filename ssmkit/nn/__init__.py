@@ -14,6 +14,7 @@ from ssmkit.nn.mamba2 import Mamba2, Mamba2Simple
 from ssmkit.nn.mamba2d import Mamba2D, Mamba2DBlock
 from ssmkit.nn.mamba3 import Mamba3
 from ssmkit.nn.mamba_nd import MambaND, MambaNDLayer
+from ssmkit.nn.mhs_vm import GFU, MHSM, MHSBlock, VSSGate
 from ssmkit.nn.mlp import MLP, GatedMLP
 from ssmkit.nn.patch_embed import PatchEmbed
 from ssmkit.nn.plain_mamba import PlainMamba2D, PlainMambaLayer
@@ -26,7 +27,9 @@ from ssmkit.nn.vssd import VSSD, VSSDBlock
 
 __all__ = [
     "DBM",
+    "GFU",
     "MHA",
+    "MHSM",
     "MLP",
     "SS2D",
     "VSSD",
@@ -40,6 +43,7 @@ __all__ = [
     "GrootVLayer",
     "LayerNorm2d",
     "LocalSS2D",
+    "MHSBlock",
     "Mamba",
     "Mamba2",
     "Mamba2D",
@@ -58,4 +62,5 @@ __all__ = [
     "TreeSSM",
     "VSSBlock",
     "VSSDBlock",
+    "VSSGate",
 ]
