@@ -5,6 +5,7 @@ from ssmkit.nn.bi_attn import BiAttn
 from ssmkit.nn.block import Block, MambaStack
 from ssmkit.nn.dbm import DBM
 from ssmkit.nn.drop_path import DropPath
+from ssmkit.nn.efficient_vmamba import AtrousSS2D, EVSSBlock
 from ssmkit.nn.grootl import GrootL
 from ssmkit.nn.grootv import GrootVLayer, TreeSSM
 from ssmkit.nn.layer_norm2d import LayerNorm2d
@@ -33,10 +34,12 @@ __all__ = [
     "MLP",
     "SS2D",
     "VSSD",
+    "AtrousSS2D",
     "BiAttn",
     "BiMamba",
     "Block",
     "DropPath",
+    "EVSSBlock",
     "ForwardType",
     "GatedMLP",
     "GrootL",
