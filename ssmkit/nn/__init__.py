@@ -17,6 +17,7 @@ from ssmkit.nn.mamba3 import Mamba3
 from ssmkit.nn.mamba_nd import MambaND, MambaNDLayer
 from ssmkit.nn.mhs_vm import GFU, MHSM, MHSBlock, VSSGate
 from ssmkit.nn.mlp import MLP, GatedMLP
+from ssmkit.nn.msv_mamba import MS2D, ConvFFN, MSVSSBlock
 from ssmkit.nn.patch_embed import PatchEmbed
 from ssmkit.nn.plain_mamba import PlainMamba2D, PlainMambaLayer
 from ssmkit.nn.rms_norm import RMSNorm
@@ -32,12 +33,14 @@ __all__ = [
     "MHA",
     "MHSM",
     "MLP",
+    "MS2D",
     "SS2D",
     "VSSD",
     "AtrousSS2D",
     "BiAttn",
     "BiMamba",
     "Block",
+    "ConvFFN",
     "DropPath",
     "EVSSBlock",
     "ForwardType",
@@ -47,6 +50,7 @@ __all__ = [
     "LayerNorm2d",
     "LocalSS2D",
     "MHSBlock",
+    "MSVSSBlock",
     "Mamba",
     "Mamba2",
     "Mamba2D",
