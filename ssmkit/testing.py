@@ -399,6 +399,68 @@ def linear_scan_inputs(
     return {k: v.requires_grad_(requires_grad) for k, v in kept.items()}
 
 
+def long_conv_inputs(
+    batch: int,
+    *size: int,
+    taps: tuple[int, ...] | None = None,
+    start: str | tuple[str, ...] | None = None,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    optional: tuple[str, ...] = ("D",),
+    requires_grad: bool = True,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Keyword inputs of `long_conv` over `size` = seqlen, dim or height, width, dim; kernels by default of that size."""
+    generator = torch.Generator().manual_seed(seed)
+    acc = acc_dtype(dtype)
+    *cells, dim = size
+    taps = tuple(cells) if taps is None else taps
+    directions = (len(start),) if isinstance(start, tuple) else ()
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=acc)
+
+    kernel = normal(*directions, dim, *taps)
+    for axis, length in enumerate(reversed(taps), start=1):
+        decay = torch.exp(-torch.arange(length, dtype=acc) / (1 + length / 4))
+        kernel = kernel * decay.view(-1, *[1] * (axis - 1))
+    inputs = {"x": normal(batch, *size).to(dtype), "kernel": kernel, "D": normal(dim)}
+    kept = {k: v.to(device) for k, v in inputs.items() if k in ("x", "kernel", *optional)}
+    return {**{k: v.requires_grad_(requires_grad) for k, v in kept.items()}, "start": start}
+
+
+def ssm2d_kernel_inputs(
+    height: int,
+    width: int,
+    ngroups: int,
+    channels: int,
+    dstate: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    requires_grad: bool = True,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Keyword inputs of `ssm2d_kernel` like those of a layer, |A| and B within 0..1, drawn on the CPU from `seed`."""
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=wide)
+
+    A, B, C = normal(4, ngroups, dstate), normal(2, ngroups, dstate), normal(2, channels, dstate)
+    if dtype.is_complex:
+        A = torch.polar(A.real.sigmoid(), 2 * torch.pi * A.imag.sigmoid())
+        B = torch.complex(B.real.sigmoid(), B.imag.sigmoid())
+    else:
+        A, B = A.sigmoid(), B.sigmoid()
+    drawn = {
+        name: value.to(device, dtype).requires_grad_(requires_grad)
+        for name, value in zip("ABC", (A, B, C), strict=True)
+    }
+    return {**drawn, "height": height, "width": width}
+
+
 def linear_step_inputs(
     batch: int,
     in_features: int,

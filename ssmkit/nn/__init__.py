@@ -23,6 +23,7 @@ from ssmkit.nn.plain_mamba import PlainMamba2D, PlainMambaLayer
 from ssmkit.nn.rms_norm import RMSNorm
 from ssmkit.nn.rope_attention import RoPEAttention2D
 from ssmkit.nn.ss2d import SS2D, ForwardType
+from ssmkit.nn.ssm2d import SSM2D
 from ssmkit.nn.vim import BiMamba
 from ssmkit.nn.vss_block import VSSBlock
 from ssmkit.nn.vssd import VSSD, VSSDBlock
@@ -35,6 +36,7 @@ __all__ = [
     "MLP",
     "MS2D",
     "SS2D",
+    "SSM2D",
     "VSSD",
     "AtrousSS2D",
     "BiAttn",

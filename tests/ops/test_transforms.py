@@ -23,6 +23,7 @@ SIZES = {
     "ssd": (2, 5, 2, 4, 3),
     "ssd_noncausal": (2, 5, 2, 4, 3),
     "ssd_step": (2, 2, 4, 3),
+    "ssm2d_kernel": (3, 4, 2, 4, 3),
     "tree_scan": (2, 2, 3, 4),
 }
 DIFFERENTIABLE = [op for op in SIZES if not op.endswith("_step")]
@@ -34,7 +35,8 @@ DIFFERENTIABLE_CASES = [(op, backend) for op, backend in CASES if op in DIFFEREN
 def call(op, backend):
     """The op as a function of its input in float64, everything else held, and that input."""
     optional = {"optional": ()} if op == "rms_norm" else {}
-    device, varied = testing.device_of(backend), "b" if op in ("linear_scan", "tree_scan") else "x"
+    device = testing.device_of(backend)
+    varied = {"linear_scan": "b", "tree_scan": "b", "ssm2d_kernel": "A"}.get(op, "x")
     inputs = getattr(testing, f"{op}_inputs")(*SIZES[op], dtype=torch.float64, device=device, **optional)
     inputs = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in inputs.items()}
     x = inputs.pop(varied)
@@ -47,8 +49,8 @@ def call(op, backend):
 
 
 def test_every_op_is_here():
-    # a tree has no derivative
-    assert list(SIZES) == [op for op in ops.__all__ if op != "minimum_spanning_tree"]
+    # a tree has no derivative, and what long_conv consists of has them all
+    assert list(SIZES) == [op for op in ops.__all__ if op not in ("long_conv", "minimum_spanning_tree")]
 
 
 @pytest.mark.parametrize(("op", "backend"), CASES)
