@@ -26,7 +26,8 @@ def read_out(h: Tensor, v: Tensor, C: Tensor) -> Tensor:
 def torch_rows(A: Tensor, B: Tensor, C: Tensor, height: int, width: int) -> Tensor:
     """The recurrence, one cell of the row's own direction after another, whole rows in the other."""
     zero = torch.zeros_like(B[0])
-    rows_h, rows_v = [], []
+    rows_h: list[Tensor] = []
+    rows_v: list[Tensor] = []
     for i in range(height):
         halves = [1.0 if i == 0 or j == 0 else 0.5 for j in range(width)]
         if i == 0:
@@ -34,7 +35,8 @@ def torch_rows(A: Tensor, B: Tensor, C: Tensor, height: int, width: int) -> Tens
         else:
             factor = B.new_tensor(halves)[:, None, None]
             v = factor * (A[2] * rows_h[-1] + A[3] * rows_v[-1])
-        from_v, cells = A[1] * v, []
+        from_v = A[1] * v
+        cells: list[Tensor] = []
         for j in range(width):
             first = zero if i else B[0]
             cells.append(halves[j] * (torch.addcmul(from_v[j - 1], A[0], cells[-1])) if j else first)
