@@ -172,9 +172,12 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     _, h, v = output
     ctx.save_for_backward(A, C, h, v)
     ctx.backend = backend
+    ctx.set_materialize_grads(False)
 
 
-def _differentiate(ctx: Any, dK: Tensor, *_: Tensor) -> tuple[Any, ...]:
+def _differentiate(ctx: Any, dK: Tensor | None, *_: Tensor | None) -> tuple[Any, ...]:
+    if dK is None:
+        return (None,) * 7
     return (*ssm2d_kernel_bwd(dK, *ctx.saved_tensors, ctx.backend), *[None] * 4)
 
 
