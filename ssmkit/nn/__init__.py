@@ -15,6 +15,7 @@ from ssmkit.nn.mamba2 import Mamba2, Mamba2Simple
 from ssmkit.nn.mamba2d import Mamba2D, Mamba2DBlock
 from ssmkit.nn.mamba3 import Mamba3
 from ssmkit.nn.mamba_nd import MambaND, MambaNDLayer
+from ssmkit.nn.mamba_yolo import YOLOSS2D, LSBlock, ODSSBlock, RGBlock, XSSBlock
 from ssmkit.nn.mhs_vm import GFU, MHSM, MHSBlock, VSSGate
 from ssmkit.nn.mlp import MLP, GatedMLP
 from ssmkit.nn.msv_mamba import MS2D, ConvFFN, MSVSSBlock
@@ -38,6 +39,7 @@ __all__ = [
     "SS2D",
     "SSM2D",
     "VSSD",
+    "YOLOSS2D",
     "AtrousSS2D",
     "BiAttn",
     "BiMamba",
@@ -49,6 +51,7 @@ __all__ = [
     "GatedMLP",
     "GrootL",
     "GrootVLayer",
+    "LSBlock",
     "LayerNorm2d",
     "LocalSS2D",
     "MHSBlock",
@@ -63,13 +66,16 @@ __all__ = [
     "MambaNDLayer",
     "MambaStack",
     "MultiMamba",
+    "ODSSBlock",
     "PatchEmbed",
     "PlainMamba2D",
     "PlainMambaLayer",
+    "RGBlock",
     "RMSNorm",
     "RoPEAttention2D",
     "TreeSSM",
     "VSSBlock",
     "VSSDBlock",
     "VSSGate",
+    "XSSBlock",
 ]
