@@ -6,6 +6,7 @@ those of the published code, so its state dicts load: `MultiMamba` is the mixer 
 
 import re
 from collections.abc import Sequence
+from functools import reduce
 from typing import Any, Literal
 
 import torch
@@ -135,8 +136,8 @@ class MultiMamba(nn.Module):
                 f"got {tuple(hidden_states.shape)}"
             )
         xz = self.in_proj(hidden_states)
-        y = sum(self.attn(self._direction(i, xz, height, width)) for i in range(len(self.directions)))
-        out: Tensor = self.out_proj(y)
+        weighed = (self.attn(self._direction(i, xz, height, width)) for i in range(len(self.directions)))
+        out: Tensor = self.out_proj(reduce(torch.add, weighed))
         return out
 
     def _direction(self, i: int, xz: Tensor, height: int, width: int) -> Tensor:

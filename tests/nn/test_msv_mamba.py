@@ -66,6 +66,7 @@ def mixed_by_hand(mixer, u, *, carry=True):
 def test_equations(size, backend):
     mixer, u = layer(backend), images.image(*size, 4, backend)
     torch.testing.assert_close(mixer(u), mixed_by_hand(mixer, u), rtol=1e-10, atol=1e-10)
+    assert mixer(u[:0]).shape == u[:0].shape
 
 
 @every_backend
