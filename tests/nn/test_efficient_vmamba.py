@@ -74,6 +74,15 @@ def test_sub_grids_do_not_know_of_each_other(backend):
     assert not same[:, 1::2, ::2].any()
 
 
+def test_block_of_one_pixel_and_of_no_image():
+    made, u = block(), images.image(1, 1, 8)
+    normed = made.norm(u)
+    convolved = made.conv_branch(normed.movedim(3, 1)).movedim(1, 3)
+    expected = u + made.se(mixed_by_hand(made.op, normed)) + made.se(convolved)
+    torch.testing.assert_close(made(u), expected, rtol=1e-10, atol=1e-10)
+    assert made(u[:0]).shape == u[:0].shape
+
+
 @pytest.mark.parametrize("mlp_ratio", [0.0, 2.0])
 def test_block(mlp_ratio):
     made, u = block(mlp_ratio=mlp_ratio), images.image(3, 5, 8)

@@ -163,6 +163,20 @@ def test_an_official_state_dict_has_these_names():
     assert narrow.scanhead_Z.mambaeng.x_proj_weight.shape == (4, 34, 24)
 
 
+@pytest.mark.parametrize(("head_num", "millions"), [(3, 17.386), (4, 17.257)])
+def test_the_published_model_has_as_many_parameters(head_num, millions):
+    """VM-UNet's frame around these blocks: an encoder of [2, 2, 2, 2] of them, a decoder of [2, 2, 2, 1], one class."""
+    count = 48 * 96 + 96 + 2 * 96  # patches of 4 x 4 x 3, and their norm
+    for depth, width in ((4, 96 * 8), (4, 96 * 4), (4, 96 * 2), (3, 96)):
+        block = MHSBlock(width, head_num=head_num, device="meta")
+        count += depth * sum(parameter.numel() for parameter in block.parameters())
+    for width in (96, 192, 384):
+        count += 8 * width**2 + 8 * width  # four patches become one
+        count += 8 * width**2 + 2 * width  # and one becomes four
+    count += 4 * 96**2 + 2 * 24 + 24 + 1  # 4 x 4 pixels of 24 channels each, their norm, the class
+    assert round(count / 1e6, 3) == millions
+
+
 def test_both_names_of_a_weight_stay_one_tensor():
     mixer = layer().float()
     fresh = VSSGate(**SMALL)
