@@ -1,8 +1,8 @@
 """How the time of a vision backbone grows with its image: python -m benchmarks.curve vim_tiny vmamba_tiny_s1l8.
 
-One image of each side, forward without gradients; the sides take turns in every round, so that what else the machine does
-falls on all alike. The median over rounds is told per token (a cell of the first feature level), beside that of the
-smallest image.
+Forward without gradients, of as many images of each side as have the pixels of one of the largest, so that what is done
+once per call weighs alike. The sides take turns in every round, so that what else the machine does falls on all. The median
+over rounds is told per token (a cell of the first feature level), beside that of the smallest image.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from ssmkit.models import create_model
 from ssmkit.models.registry import takes
 from ssmkit.train.report import pyplot, save_figure
 
-SIDES = (64, 128, 224, 384, 512, 768, 1024)
+SIDES = (64, 128, 256, 512, 1024)
 
 
 @torch.no_grad()
@@ -31,7 +31,8 @@ def curve(name: str, sides: tuple[int, ...], rounds: int) -> dict[int, float]:
             {k: v for k, v in models[sides[0]].state_dict().items() if v.shape == models[side].state_dict()[k].shape},
             strict=False,
         )
-    images = {side: torch.randn(1, 3, side, side) for side in sides}
+    counts = {side: (max(sides) // side) ** 2 for side in sides}
+    images = {side: torch.randn(counts[side], 3, side, side) for side in sides}
     seconds: dict[int, list[float]] = {side: [] for side in sides}
     for turn in range(rounds + 1):
         for side in sides:
@@ -40,7 +41,8 @@ def curve(name: str, sides: tuple[int, ...], rounds: int) -> dict[int, float]:
             if turn:  # the first fills caches
                 seconds[side].append(time.perf_counter() - began)
     reduction = models[sides[0]].feature_info[0]["reduction"]
-    return {side: statistics.median(taken) / (side // reduction) ** 2 for side, taken in seconds.items()}
+    tokens = {side: counts[side] * (side // reduction) ** 2 for side in sides}
+    return {side: statistics.median(taken) / tokens[side] for side, taken in seconds.items()}
 
 
 def main() -> None:
