@@ -120,12 +120,12 @@ class Normalise(nn.Module):
 def measure(
     model: nn.Module, data: ImageData | ClipData, *, batch_size: int, workers: int = 0, at_most: int | None = None
 ) -> VisionResults:
-    """Classify the held-out samples, or every so many-th of them; the model's mode is as before."""
+    """Classify the held-out samples, or `at_most` so many of them, always the same; the model's mode is as before."""
     training, device = model.training, next(model.parameters()).device
     normalise = Normalise(data.mean, data.std).to(device)
     total = len(data.held_out)  # type: ignore[arg-type]
-    stride = 1 if at_most is None else max(1, -(-total // at_most))
-    samples = Subset(data.held_out, range(0, total, stride))
+    chosen = np.sort(np.random.default_rng(0).permutation(total)[:at_most])
+    samples = Subset(data.held_out, chosen.tolist())
     count = len(data.classes)
     confusion, loss = torch.zeros(count, count, dtype=torch.int64), 0.0
     model.eval()
