@@ -27,6 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_data(parser, "a folder of clips by class, or moving-digits")
     parser.add_argument("--directions", type=int, default=4, help="of moving digits: 4 or 8 (%(default)s)")
     parser.add_argument(
+        "--clips-per-image", type=int, default=1, help="of moving digits, per image and direction (%(default)s)"
+    )
+    parser.add_argument(
         "--sampling", default="uniform", choices=["uniform", "dense"], help="frames of a video file (%(default)s)"
     )
     names = [name for name in list_models("videomamba*") if not name.endswith("_image")]
@@ -41,7 +44,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     options, share, seed = options_from(arguments, VisionOptions), arguments.held_out, arguments.seed
     if arguments.data == "moving-digits":
-        data = moving_digits(options.frames, options.size, arguments.directions, share, seed)
+        data = moving_digits(options.frames, options.size, arguments.directions, share, seed, arguments.clips_per_image)
     else:
         data = clip_folder(arguments.data, options.frames, options.size, arguments.sampling, share, seed)
     return train("video", data, arguments, options)
