@@ -14,7 +14,9 @@ shows the digit alone."""
 
 EPILOG = """\
 examples:
-  ssmkit train video --data moving-digits --model videomamba_tiny --size 16 --set patch_size=4 depth=6 --out runs/moving
+  ssmkit train video --data moving-digits --clips-per-image 8 --model videomamba_tiny --size 16 --frames 4 \\
+      --set patch_size=4 depth=4 embed_dim=128 drop_path_rate=0 scan_order=temporal --augment none --label-smoothing 0 \\
+      --steps 1500 --batch-size 48 --lr 2e-3 --out runs/moving
   ssmkit train video --data clips/ --model videomamba_small --size 224 --frames 8 --augment full --out runs/clips
   ssmkit classify runs/clips clip.mp4
 
