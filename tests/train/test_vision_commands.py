@@ -67,7 +67,8 @@ def test_the_job_from_frames_to_classes(tmp_path, capsys):
             for frame in range(3):
                 picture(kind, 10 * clip + frame).save(folder / f"{frame}.png")
     train = ["train", "video", "--data", tmp_path / "data", "--model", "videomamba_tiny", "--frames", "2", *TINY]
-    status, out, err = run(capsys, *train, "--held-out", "0.34", "--out", tmp_path / "run")
+    views = ["--augment", "full"]  # of frames read larger than they are shown
+    status, out, err = run(capsys, *train, *views, "--held-out", "0.34", "--out", tmp_path / "run")
     assert status == 0, err
     assert "4 samples of 2 classes, 2 held out" in out
     status, out, _ = run(capsys, "classify", tmp_path / "run", tmp_path / "data" / "rows" / "clip0")

@@ -4,7 +4,7 @@ import argparse
 
 from ssmkit.models import list_models
 from ssmkit.train.commands.arguments import add_options, add_run_arguments, options_from
-from ssmkit.train.commands.train_vision import OPTION_HELP, add_data, add_model, train
+from ssmkit.train.commands.train_vision import OPTION_HELP, add_data, add_model, load_size, train
 from ssmkit.train.options import VisionOptions
 
 DESCRIPTION = """\
@@ -48,5 +48,13 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.data == "moving-digits":
         data = moving_digits(options.frames, options.size, arguments.directions, share, seed, arguments.clips_per_image)
     else:
-        data = clip_folder(arguments.data, options.frames, options.size, arguments.sampling, share, seed)
+        data = clip_folder(
+            arguments.data,
+            options.frames,
+            options.size,
+            arguments.sampling,
+            share,
+            seed,
+            load_size=load_size(arguments),
+        )
     return train("video", data, arguments, options)
